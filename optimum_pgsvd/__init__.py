@@ -1,0 +1,75 @@
+"""Activation-aware low-rank compression of transformers models (PGSVD, arXiv 2510.05544).
+
+Importing the package registers it with transformers, now or when transformers is imported, and imports neither torch
+nor transformers itself; the public names are loaded on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .autoload import autoload
+from .version import __version__
+
+
+if TYPE_CHECKING:
+    from .compressor import PGSVDCompressor
+    from .config import PGSVDConfig
+    from .errors import (
+        CalibrationError,
+        CheckpointError,
+        ConfigError,
+        NonFiniteError,
+        PGSVDError,
+        UnsupportedModelError,
+    )
+    from .modeling_pgsvd import LowRankLinear
+    from .report import CompressionReport
+    from .structures import LowRankFactors, RankPlan, SVDProfile
+
+_HOMES = {
+    "PGSVDCompressor": "compressor",
+    "PGSVDConfig": "config",
+    "CalibrationError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "NonFiniteError": "errors",
+    "PGSVDError": "errors",
+    "UnsupportedModelError": "errors",
+    "LowRankLinear": "modeling_pgsvd",
+    "CompressionReport": "report",
+    "LowRankFactors": "structures",
+    "RankPlan": "structures",
+    "SVDProfile": "structures",
+}
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "CompressionReport",
+    "ConfigError",
+    "LowRankFactors",
+    "LowRankLinear",
+    "NonFiniteError",
+    "PGSVDCompressor",
+    "PGSVDConfig",
+    "PGSVDError",
+    "RankPlan",
+    "SVDProfile",
+    "UnsupportedModelError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = import_module(f".{_HOMES[name]}", __name__)
+    autoload()
+    return getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+autoload()

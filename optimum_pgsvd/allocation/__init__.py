@@ -1,0 +1,11 @@
+"""How ranks are chosen: one allocator a file.
+
+An allocator takes the shapes of a group's layers, their profiles (empty unless it `needs_profiles`), the budget and
+the rank multiple, and returns a `RankPlan`.
+"""
+
+from . import pareto, uniform  # noqa: F401  (registers them)
+from .registry import ALLOCATIONS, Allocator
+
+
+__all__ = ["ALLOCATIONS", "Allocator"]

@@ -1,0 +1,143 @@
+"""From what a user calls a dataset to batches of model inputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PGSVDConfig
+from ..errors import CalibrationError
+from .sampling import sample_from_model
+from .sources import read_source
+
+
+Batch = dict[str, Any]
+
+# Models with longer context windows are calibrated on windows of this many tokens.
+LONGEST_DEFAULT = 2048
+
+
+def load_calibration_set(model: nn.Module, config: PGSVDConfig, tokenizer: Any = None) -> list[Batch]:
+    """The calibration set as batches of keyword arguments for the model's `forward`.
+
+    Texts of a causal language model are joined and cut into windows without padding; texts of other models are
+    truncated and padded, with a mask. Token tensors are windows already. Dicts are taken as they are.
+
+    Args:
+        model: the dense model, asked for its limits, and for samples where `dataset="self"`.
+        config: `dataset`, `tokenizer`, `num_samples`, `sequence_length`, `batch_size`, `seed`.
+        tokenizer: overrides the config's.
+
+    Returns:
+        Batches; together at most `num_samples` sequences, in an order fixed by the seed.
+
+    Raises:
+        CalibrationError: there is no dataset, it cannot be read, holds nothing, or needs a tokenizer that cannot be
+            loaded.
+    """
+    if config.dataset is None:
+        raise CalibrationError(
+            f"solver={config.solver!r} needs calibration data: give dataset=texts, a file, a Hub dataset's name or "
+            "'self', or use solver='svd', which needs none"
+        )
+    length = config.sequence_length or default_length(model)
+    if isinstance(config.dataset, str) and config.dataset == "self":
+        windows: list[Tensor] = sample_from_model(model, config.num_samples, length, config.batch_size, config.seed)
+        return list(stack(windows, config.batch_size))
+    examples = read_source(config.dataset, config.num_samples, config.seed)
+    if not examples:
+        raise CalibrationError("the calibration dataset is empty")
+    first = examples[0]
+    if isinstance(first, Mapping):
+        return [complete(model, dict(example)) for example in examples[: config.num_samples]]
+    if isinstance(first, Tensor):
+        return list(
+            stack([w for x in examples for w in x.reshape(-1, x.shape[-1])][: config.num_samples], config.batch_size)
+        )
+    tokenizer = tokenizer or config.tokenizer or getattr(model, "name_or_path", None)
+    if is_causal(model):
+        return list(stack(pack(examples, load_tokenizer(tokenizer), config.num_samples, length), config.batch_size))
+    return [complete(model, batch) for batch in pad(examples, load_tokenizer(tokenizer), config, length)]
+
+
+def default_length(model: nn.Module) -> int:
+    """The model's longest sequence, at most `LONGEST_DEFAULT` tokens."""
+    text = model.config.get_text_config()
+    known = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_target_positions")]
+    return min([LONGEST_DEFAULT, *(value for value in known if value)])
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether the model predicts each token from those before it, so that texts may be joined."""
+    return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def load_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer or processor object, loaded if it is a name."""
+    if not isinstance(tokenizer, (str, os.PathLike)):
+        if tokenizer is None:
+            raise CalibrationError("texts need a tokenizer: give tokenizer=... with the config or to compress()")
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError, KeyError) as error:
+        raise CalibrationError(
+            f"no tokenizer could be loaded from {str(tokenizer)!r}; give tokenizer=...: {error}"
+        ) from error
+
+
+def pack(texts: Iterable[str], tokenizer: Any, num_samples: int, length: int) -> list[Tensor]:
+    """Texts joined, each with its special tokens, and cut into `num_samples` windows `(length,)`.
+
+    Where the texts are too short for one window, it is as long as they are.
+    """
+    tokens: list[int] = []
+    for text in texts:
+        tokens += tokenizer(text, verbose=False)["input_ids"]
+        if len(tokens) >= num_samples * length:
+            break
+    length = min(length, len(tokens))
+    if length == 0:
+        raise CalibrationError("the calibration texts hold no tokens")
+    windows = torch.tensor(tokens[: len(tokens) // length * length]).reshape(-1, length)
+    return list(windows[:num_samples])
+
+
+def pad(texts: list[str], tokenizer: Any, config: PGSVDConfig, length: int) -> Iterator[Batch]:
+    """Batches of truncated texts, padded to the longest of each batch."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if tokenizer.pad_token is None:
+        raise CalibrationError("texts of several lengths need a tokenizer with a pad_token; set one, or batch_size=1")
+    texts = texts[: config.num_samples]
+    for start in range(0, len(texts), config.batch_size):
+        batch = texts[start : start + config.batch_size]
+        yield dict(tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt"))
+
+
+def stack(windows: list[Tensor], batch_size: int) -> Iterator[Batch]:
+    """Windows of one length in batches; a window of another length starts a new batch."""
+    start = 0
+    while start < len(windows):
+        stop = start + 1
+        while stop < min(start + batch_size, len(windows)) and windows[stop].shape == windows[start].shape:
+            stop += 1
+        yield {"input_ids": torch.stack(windows[start:stop]).long()}
+        start = stop
+
+
+def complete(model: nn.Module, batch: Batch) -> Batch:
+    """What an encoder-decoder needs besides its input: decoder inputs, and a mask where its labels are padded."""
+    if not getattr(model.config, "is_encoder_decoder", False) or "input_ids" not in batch:
+        return batch
+    if "labels" not in batch and "decoder_input_ids" not in batch:
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        batch["labels"] = batch["input_ids"].masked_fill(~mask, -100)
+    if "labels" in batch and "decoder_attention_mask" not in batch and (batch["labels"] == -100).any():
+        batch["decoder_attention_mask"] = (batch["labels"] != -100).long()
+    return batch

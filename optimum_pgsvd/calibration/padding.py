@@ -1,0 +1,58 @@
+"""Which rows of a layer's input are real tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class PaddingMask:
+    """Leaves padding out of layer inputs, for the batch and the block that are running.
+
+    A tower that is not handed an attention mask has no padding: only blocks that are given one are masked, and of an
+    encoder-decoder's blocks the encoder states by the encoder's mask, everything else by the decoder's.
+    """
+
+    def __init__(self) -> None:
+        self._encoder: Tensor | None = None
+        self._decoder: Tensor | None = None
+        self._main: Tensor | None = None
+        self._encoder_states: Tensor | None = None
+
+    def start_batch(self, batch: Mapping[str, Any]) -> None:
+        """Take the masks of a batch; outside the blocks its attention mask applies."""
+        self._encoder = _padded(batch.get("attention_mask"))
+        self._decoder = _padded(batch.get("decoder_attention_mask"))
+        self.leave_block()
+
+    def enter_block(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Choose the mask of a block by the arguments it is called with."""
+        given = inspect.signature(block.forward).bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        self._encoder_states = given.get("encoder_hidden_states")
+        masked = any("mask" in name and value is not None for name, value in given.items())
+        self._main = (self._encoder if self._encoder_states is None else self._decoder) if masked else None
+
+    def leave_block(self) -> None:
+        """Back outside the blocks."""
+        self._main, self._encoder_states = self._encoder, None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows `(T, n)` of an input `(..., n)` that are not padding."""
+        states = self._encoder_states
+        of_encoder = states is not None and x.data_ptr() == states.data_ptr() and x.shape == states.shape
+        mask = self._encoder if of_encoder else self._main
+        rows = x.reshape(-1, x.shape[-1])
+        if mask is None or mask.numel() != rows.shape[0]:
+            return rows
+        return rows[mask.to(rows.device).reshape(-1)]
+
+
+def _padded(mask: Tensor | None) -> Tensor | None:
+    """A `(batch, tokens)` mask as booleans, `None` where nothing is padded."""
+    if mask is None or mask.dim() != 2 or bool(mask.bool().all()):
+        return None
+    return mask.bool()

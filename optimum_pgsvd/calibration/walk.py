@@ -1,0 +1,188 @@
+"""The walk over a model's blocks: every block is run once more on the very arguments the dense model gave it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import Cache
+from transformers.utils import logging
+
+from ..errors import CalibrationError, PGSVDError
+from .padding import PaddingMask
+
+
+@dataclass(frozen=True)
+class _Output:
+    """An argument that is an output of an earlier call: leaf `leaf` of call `call`."""
+
+    call: int
+    leaf: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a block: its arguments flattened, with links in the place of what earlier blocks put out."""
+
+    block: str
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+
+
+class BlockWalk:
+    """Runs a model block by block on a calibration set.
+
+    `capture` runs the dense model once and keeps, for each block, the arguments it was called with; a block's input
+    that is the output of an earlier block is kept as a link to it. `run` then runs one block on all batches, in the
+    order of `blocks`, and hands its outputs on. Between two calls of `run` only the activations that later blocks need
+    are held: one hidden state a batch, and what the model computes once and shares among its blocks, such as masks.
+
+    Args:
+        model: in evaluation mode; not changed.
+        blocks: names of its repeated blocks.
+        batches: model inputs, keyword arguments of `forward`.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Mapping[str, Any]]):
+        self.model, self.batches = model, batches
+        self.modules = {name: model.get_submodule(name) for name in blocks}
+        self.blocks: list[str] = []
+        self.padding = PaddingMask()
+        self._calls: list[list[_Call]] = []
+        self._outputs: list[dict[_Output, Tensor]] = []
+
+    def capture(self, observers: Iterable[AbstractContextManager]) -> None:
+        """Run the dense model over the calibration set, under the observers.
+
+        Raises:
+            CalibrationError: the model does not accept a batch.
+        """
+        with ExitStack() as stack:
+            for observer in (evaluating(self.model), *observers):
+                stack.enter_context(observer)
+            for number, batch in enumerate(logging.tqdm(self.batches, desc="Calibrating", unit="batch", disable=None)):
+                with _Capture(self) as capture:
+                    self.padding.start_batch(batch)
+                    _forward(self.model, batch, number)
+                self._calls.append(capture.calls)
+        self._outputs = [{} for _ in self.batches]
+
+    def run(self, block: str) -> None:
+        """Run a block on every batch and keep what later blocks need of its outputs."""
+        module, stage = self.modules[block], self.blocks.index(block)
+        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        with evaluating(self.model):
+            for batch, calls, outputs in zip(self.batches, self._calls, self._outputs, strict=True):
+                self.padding.start_batch(batch)
+                needed = {leaf for call in calls for leaf in call.leaves if isinstance(leaf, _Output)}
+                for index, call in enumerate(calls):
+                    if call.block == block:
+                        args, kwargs = _arguments(call, outputs, device)
+                        self.padding.enter_block(module, args, kwargs)
+                        for leaf, value in enumerate(pytree.tree_leaves(module(*args, **kwargs))):
+                            if _Output(index, leaf) in needed:
+                                outputs[_Output(index, leaf)] = value
+                self._forget(calls, outputs, stage)
+
+    def _forget(self, calls: list[_Call], outputs: dict[_Output, Tensor], stage: int) -> None:
+        """Drop the arguments of the block just run, and the outputs that no later block takes."""
+        done = set(self.blocks[: stage + 1])
+        for index, call in enumerate(calls):
+            if call.block in done:
+                calls[index] = _Call(call.block, (), call.spec)
+        needed = {leaf for call in calls for leaf in call.leaves if isinstance(leaf, _Output)}
+        for output in set(outputs) - needed:
+            del outputs[output]
+
+
+class _Capture(AbstractContextManager):
+    """Records the calls of every block in one forward pass."""
+
+    def __init__(self, walk: BlockWalk):
+        self.walk, self.calls = walk, []
+        self._producers: dict[int, tuple[_Output, Tensor]] = {}  # holds the tensors, so that their ids stay theirs
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> _Capture:
+        for name, module in self.walk.modules.items():
+            before = module.register_forward_pre_hook(self._before(name), with_kwargs=True, prepend=True)
+            after = module.register_forward_hook(self._after)
+            self._hooks.callback(before.remove)
+            self._hooks.callback(after.remove)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._hooks.close()
+
+    def _before(self, name: str):
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if name not in self.walk.blocks:
+                self.walk.blocks.append(name)
+            self.walk.padding.enter_block(module, args, kwargs)
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            self.calls.append(_Call(name, tuple(self._link(name, leaf) for leaf in leaves), spec))
+
+        return before
+
+    def _after(self, module: nn.Module, args: tuple, result: Any) -> None:
+        for leaf, value in enumerate(pytree.tree_leaves(result)):
+            if isinstance(value, Tensor):  # blocks do not nest: the last call is the one that returns
+                self._producers.setdefault(id(value), (_Output(len(self.calls) - 1, leaf), value))
+        self.walk.padding.leave_block()
+
+    def _link(self, name: str, leaf: Any) -> Any:
+        """A link, if the argument is the output of a block that `run` visits no later than this one."""
+        if isinstance(leaf, Cache):
+            raise CalibrationError(f"{name} was called with a key-value cache; switch use_cache off in the batches")
+        output, _ = self._producers.get(id(leaf), (None, None))
+        if output is None:
+            return leaf
+        stages = self.walk.blocks
+        return output if stages.index(self.calls[output.call].block) <= stages.index(name) else leaf
+
+
+def _arguments(call: _Call, outputs: Mapping[_Output, Tensor], device: torch.device) -> tuple[tuple, dict]:
+    leaves = [outputs[leaf] if isinstance(leaf, _Output) else leaf for leaf in call.leaves]
+    leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(leaves, call.spec)
+
+
+def _forward(model: nn.Module, batch: Mapping[str, Any], number: int) -> None:
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs.setdefault("logits_to_keep", 1)
+    try:
+        model(**inputs)
+    except (TypeError, ValueError, IndexError) as error:
+        if isinstance(error, PGSVDError):
+            raise
+        given = ", ".join(f"{key} {tuple(getattr(value, 'shape', ()))}" for key, value in batch.items())
+        raise CalibrationError(
+            f"{type(model).__name__} does not accept calibration batch {number} with the inputs {given}: {error}"
+        ) from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout, no key-value cache; everything is as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    model.eval()
+    for config in caching:
+        config.use_cache = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+        for module in training:
+            module.training = True

@@ -1,0 +1,119 @@
+"""The model card of a compressed checkpoint: the Hub's metadata, what was done, measured numbers only."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .report import CompressionReport
+
+
+# A card that holds this line is ours to rewrite; one without it is its author's.
+MARKER = "<!-- Written by optimum-pgsvd. Remove this line to keep your edits when the model is saved again. -->"
+
+PIPELINE_TAGS = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+    "ForImageClassification": "image-classification",
+    "CLIPModel": "zero-shot-image-classification",
+}
+
+
+def model_card(model: Any, report: CompressionReport, name: str = "path/or/user/name") -> ModelCard:
+    """The card of a compressed model.
+
+    Args:
+        model: the compressed model, asked for its class and for the name of the model it came from.
+        report: of its compression.
+        name: shown in the loading example.
+
+    Returns:
+        The card; its metadata names the base model only where that is a name on the Hub.
+    """
+    base = base_model(model)
+    pipeline = next((tag for end, tag in PIPELINE_TAGS.items() if type(model).__name__.endswith(end)), None)
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        pipeline_tag=pipeline,
+        tags=["pgsvd", "low-rank", "compressed"],
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARKER}\n\n{body(model, report, name, base)}")
+
+
+def base_model(model: Any) -> str | None:
+    """Name on the Hub of the model that was compressed; a local path is nobody else's business."""
+    name = str(getattr(model, "name_or_path", "") or "")
+    return name if name.count("/") == 1 and not os.path.exists(name) and not os.path.isabs(name) else None
+
+
+def body(model: Any, report: CompressionReport, name: str, base: str | None) -> str:
+    """The text of the card."""
+    config = report.config
+    request = next(
+        f"{key} = {config[key]}"
+        for key in ("parameter_reduction", "tolerance", "ranks")
+        if config.get(key) is not None
+    )
+    source = f"[{base}](https://huggingface.co/{base})" if base else f"a `{type(model).__name__}`"
+    before, after = report.model_before, report.model_after
+    factored = sum(layer.rank is not None for layer in report.layers)
+    errors = [layer.activation_error for layer in report.layers if layer.activation_error]
+    measured = (
+        f"| mean relative error of the factored layers' outputs | | {sum(errors) / len(errors):.4f} |\n"
+        if errors
+        else ""
+    )
+    return f"""# {source} compressed with PGSVD
+
+{factored} of {len(report.layers)} attention and MLP linear layers are replaced by two smaller ones, `left(right(x))`;
+{len(report.layers) - factored} were left dense. Made with
+[optimum-pgsvd](https://pypi.org/project/optimum-pgsvd/) {report.environment.get("optimum_pgsvd", "")}: {request},
+allocation `{config["allocation"]}`, solver `{config["solver"]}`, calibrated on {report.calibration.get("tokens", 0):,}
+tokens of `{config.get("dataset")}`.
+
+| | before | after |
+|---|---:|---:|
+| parameters of the target layers | {report.parameters_before:,} | {report.parameters_after:,} |
+| parameters of the model | {before.parameters:,} | {after.parameters:,} |
+| bytes of the weights | {before.bytes:,} | {after.bytes:,} |
+{measured}
+Rank and error of every layer: `pgsvd_report.json`. Accuracy on any task was not measured by this card.
+
+## Use
+
+```python
+# pip install optimum-pgsvd
+from transformers import {auto_class(model)}
+
+model = {auto_class(model)}.from_pretrained("{name}")
+```
+
+The package need not be imported, only installed. {self_contained(config)}
+
+Method: R. Solgi et al., "Activation-Informed Pareto-Guided Low-Rank Compression for Efficient LLM/VLM",
+arXiv 2510.05544.
+"""
+
+
+def auto_class(model: Any) -> str:
+    """The auto class that loads this model."""
+    from .modeling_pgsvd import auto_classes
+
+    known = auto_classes(model.config.model_type)
+    return next((auto for auto, classes in known.items() if type(model).__name__ in classes), "AutoModel")
+
+
+def self_contained(config: Any) -> str:
+    """How to load without the package."""
+    if config.get("self_contained"):
+        return "Without it, `trust_remote_code=True` runs the loading code that this repository carries."
+    return "Without it, loading stops with an error."

@@ -1,0 +1,1 @@
+"""`optimum-cli pgsvd ...`; heavy imports stay inside each command."""

@@ -1,0 +1,215 @@
+"""The configuration: what is asked for, and, in a checkpoint, what came of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from .allocation import ALLOCATIONS
+from .errors import ConfigError
+from .modeling_pgsvd import FORMAT_VERSION, QUANT_METHOD, LowRankConfig, check_format
+from .solvers import SOLVERS
+from .structures import Budget
+
+
+BUDGETS = ("parameter_reduction", "tolerance", "ranks")
+
+
+class PGSVDConfig(LowRankConfig):
+    """How to compress a model, passed to `from_pretrained(..., quantization_config=...)` or `PGSVDCompressor`.
+
+    Exactly one of `parameter_reduction`, `tolerance` and `ranks` is given.
+
+    Args:
+        parameter_reduction: fraction of the target layers' parameters to **remove**, in [0, 1); 0.2 removes 20 %.
+            Larger is smaller and less accurate.
+        tolerance: ε, the relative error `‖W − W_r‖_F / ‖W‖_F` allowed in each layer, in [0, 1]. Larger is smaller and
+            less accurate.
+        ranks: rank by layer name or glob, at least 1; layers that nothing matches stay dense.
+        allocation: how ranks are chosen: `"pareto"` (PGSVD: one ε for all layers of a group) or `"uniform"` (the same
+            fraction of every layer).
+        solver: how factors are found: `"eigh"` (closed-form optimum), `"als"` (the paper's Algorithm 1, which
+            approaches it) or `"svd"` (truncated SVD, needs no dataset).
+        num_iterations: ALS sweeps, at least 1; the paper uses 10. Other solvers ignore it.
+        groups: glob of layer names → `{"tolerance": …}` or `{"parameter_reduction": …}`, a budget of its own for the
+            layers it matches; the first matching glob wins, and the budget above is for the layers that none matches.
+            A layer outside the repeated blocks is compressed only where a glob here or in `ranks` names it.
+        modules_to_not_convert: names or globs of modules that stay dense.
+        rank_multiple: ranks are multiples of this, at least 1; 8 or more suits tensor cores.
+        dataset: the calibration set: texts, token tensors, model inputs as dicts, a `datasets.Dataset`, a local
+            `.txt`, `.jsonl` or `.parquet` file, the name of a Hub dataset (`"user/name"` or `"user/name:config"`), or
+            `"self"` for sequences sampled from the model itself.
+        tokenizer: tokenizer or processor, or where to load it from; by default the model's own.
+        num_samples: sequences of the calibration set to use, at least 1.
+        sequence_length: tokens in a sequence, at least 1; by default the model's maximum, at most 2048.
+        batch_size: sequences in a forward pass, at least 1.
+        seed: of the choice of samples and of `dataset="self"`.
+        self_contained: save a copy of the loading code with the checkpoint, so that it loads with
+            `trust_remote_code=True` where this package is not installed.
+        format_version: set in the config of a compressed model, whose `ranks` are the result, by the name of each
+            layer in the checkpoint; the other fields are then a record of how it was made.
+        quant_method: always `"pgsvd"`.
+
+    Raises:
+        ConfigError: a field is unknown or out of range.
+
+    Example:
+        >>> PGSVDConfig(parameter_reduction=0.2, dataset="self").allocation
+        'pareto'
+    """
+
+    def __init__(
+        self,
+        parameter_reduction: float | None = None,
+        tolerance: float | None = None,
+        ranks: Mapping[str, int] | None = None,
+        *,
+        allocation: str = "pareto",
+        solver: str = "eigh",
+        num_iterations: int = 10,
+        groups: Mapping[str, Mapping[str, float]] | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        rank_multiple: int = 1,
+        dataset: Any = None,
+        tokenizer: Any = None,
+        num_samples: int = 256,
+        sequence_length: int | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+        self_contained: bool = False,
+        format_version: int | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ):
+        self.quant_method = quant_method
+        self.parameter_reduction = parameter_reduction
+        self.tolerance = tolerance
+        self.ranks = dict(ranks) if ranks is not None else None
+        self.allocation = allocation
+        self.solver = solver
+        self.num_iterations = num_iterations
+        self.groups = {glob: dict(budget) for glob, budget in groups.items()} if groups else {}
+        self.modules_to_not_convert = list(modules_to_not_convert or [])
+        self.rank_multiple = rank_multiple
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.num_samples = num_samples
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.self_contained = self_contained
+        self.format_version = format_version
+        self._validate(unknown)
+
+    @property
+    def is_result(self) -> bool:
+        """Whether this is the config of a compressed model rather than a request."""
+        return self.format_version is not None
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget of the layers outside `groups`; `None` where `ranks` are given."""
+        return None if self.ranks is not None else Budget(self.parameter_reduction, self.tolerance)
+
+    @property
+    def group_budgets(self) -> dict[str, Budget]:
+        """The budget of each glob of `groups`."""
+        return {glob: Budget(**budget) for glob, budget in self.groups.items()}
+
+    @property
+    def needs_dataset(self) -> bool:
+        """Whether the solver asks for calibration inputs."""
+        return SOLVERS.trait(self.solver, "needs_gram")
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> PGSVDConfig:
+        """The config of a model compressed to these ranks; this one does not change."""
+        result = copy.deepcopy(self)
+        result.ranks, result.format_version = dict(ranks), FORMAT_VERSION
+        return result
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Nothing of a request applies to a checkpoint that is compressed already."""
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON can hold it; a dataset or tokenizer object is described, not stored."""
+        fields = {key: value for key, value in vars(self).items() if key not in ("dataset", "tokenizer")}
+        return copy.deepcopy(fields) | {"dataset": describe(self.dataset), "tokenizer": describe(self.tokenizer)}
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PGSVDConfig:
+        """A copy that shares the dataset and tokenizer objects, which may not be copyable."""
+        clone = object.__new__(type(self))
+        memo[id(self)] = clone
+        for key, value in vars(self).items():
+            setattr(clone, key, value if key in ("dataset", "tokenizer") else copy.deepcopy(value, memo))
+        return clone
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """`to_dict()` as JSON."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def _validate(self, unknown: dict[str, Any]) -> None:
+        if self.quant_method != QUANT_METHOD:
+            raise ConfigError(f"quant_method={self.quant_method!r} is not {QUANT_METHOD!r}")
+        if self.format_version is not None:
+            check_format(self.format_version)
+        if unknown:
+            raise ConfigError(
+                f"unknown fields {', '.join(sorted(unknown))}; known are {', '.join(sorted(vars(self)))}"
+            )
+        self._validate_budget()
+        ALLOCATIONS.check(self.allocation)
+        SOLVERS.check(self.solver)
+        if self.allocation == "uniform" and self.tolerance is not None:
+            raise ConfigError("allocation='uniform' takes parameter_reduction, not tolerance; use allocation='pareto'")
+        for name in ("num_iterations", "rank_multiple", "num_samples", "batch_size"):
+            at_least_one(name, getattr(self, name))
+        if self.sequence_length is not None:
+            at_least_one("sequence_length", self.sequence_length)
+
+    def _validate_budget(self) -> None:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if self.is_result:
+            if self.ranks is None:
+                raise ConfigError("the config of a compressed model has no ranks; its config.json is damaged")
+            return
+        if len(given) != 1:
+            raise ConfigError(
+                f"exactly one of {', '.join(BUDGETS)} must be given, not {' and '.join(given) or 'none'}; "
+                "parameter_reduction=0.2 removes 20 % of the target layers' parameters"
+            )
+        if self.ranks is None:
+            Budget(self.parameter_reduction, self.tolerance)
+        elif self.groups:
+            raise ConfigError("groups have no meaning with ranks, which name their layers; give one of the two")
+        for glob, rank in (self.ranks or {}).items():
+            at_least_one(f"ranks[{glob!r}]", rank)
+        for glob, budget in self.groups.items():
+            try:
+                Budget(**budget)
+            except (ConfigError, TypeError) as error:
+                raise ConfigError(f"groups[{glob!r}]={budget}: {error}") from None
+
+
+def at_least_one(name: str, value: object) -> None:
+    """Raise `ConfigError` unless a field is an integer of 1 or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}={value!r} must be an integer of at least 1")
+
+
+def describe(value: Any) -> str | None:
+    """A dataset or tokenizer in words: a name stays, a local path loses its folders, an object gives its type."""
+    if value is None:
+        return None
+    if isinstance(value, (str, os.PathLike)):
+        path = os.fspath(value)
+        return os.path.basename(os.path.normpath(path)) if os.path.exists(path) or os.path.isabs(path) else path
+    if isinstance(value, (list, tuple)):
+        return f"list of {len(value)} {type(value[0]).__name__}" if value else "empty list"
+    return getattr(value, "name_or_path", None) and describe(value.name_or_path) or type(value).__name__

@@ -1,0 +1,25 @@
+"""Tensors in, tensors out.
+
+One layout throughout: a weight is `W (m, n)` with m output and n input features, calibration inputs are
+`X (T, n)` with one row a token, their Gram matrix is `G = Xᵀ X (n, n)`, and factors are `left (m, r)` and
+`right (r, n)` with `W ≈ left @ right`. Everything is computed in float64.
+"""
+
+from .als import alternating_least_squares
+from .projection import output_projection
+from .relative_error import relative_activation_error, relative_weight_error
+from .spectra import relative_tails, singular_values, symmetric_eigen
+from .svd import balanced, truncated_svd
+
+
+__all__ = [
+    "alternating_least_squares",
+    "balanced",
+    "output_projection",
+    "relative_activation_error",
+    "relative_tails",
+    "relative_weight_error",
+    "singular_values",
+    "symmetric_eigen",
+    "truncated_svd",
+]

@@ -1,0 +1,335 @@
+"""Everything needed to load and run a PGSVD checkpoint, in one file that imports torch and transformers only.
+
+Inside the optimum-pgsvd package this file is the runtime. A checkpoint saved with `self_contained=True` carries a copy
+of it, so that `from_pretrained(..., trust_remote_code=True)` works where the package is not installed.
+
+A compressed layer holds `W ≈ left @ right` as two plain linears: `right` (in_features → rank, no bias), then `left`
+(rank → out_features, with the layer's bias).
+"""
+
+import re
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+
+QUANT_METHOD = "pgsvd"
+FORMAT_VERSION = 1
+
+
+class _LazyProduct(Tensor):
+    """`left @ right` of a layer, with its shape, dtype and device known and the product made only when it is used."""
+
+    @staticmethod
+    def __new__(cls, layer: "LowRankLinear"):
+        factor = layer.left.weight
+        shape = (
+            (layer.in_features, layer.out_features) if layer.transposed else (layer.out_features, layer.in_features)
+        )
+        lazy = Tensor._make_wrapper_subclass(cls, shape, dtype=factor.dtype, device=factor.device)
+        lazy.layer = layer
+        return lazy
+
+    def __repr__(self) -> str:
+        return f"left @ right of {self.layer}"
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in ("__get__", "size", "dim", "numel", "is_floating_point", "element_size"):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+
+        def product(value):
+            return value.layer.product() if isinstance(value, cls) else value
+
+        return func(*map(product, args), **{key: product(value) for key, value in (kwargs or {}).items()})
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer held as two: `left(right(x))`.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        rank: r.
+        bias: whether the layer has a bias; it belongs to `left`.
+        transposed: the layer stands for a transformers `Conv1D`, whose weight is stored `(n, m)`.
+        device: of the parameters.
+        dtype: of the parameters.
+    """
+
+    def __init__(self, in_features, out_features, rank, bias=True, transposed=False, device=None, dtype=None):
+        super().__init__()
+        self.in_features, self.out_features, self.rank, self.transposed = in_features, out_features, rank, transposed
+        self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def like(cls, linear: nn.Module, rank: int, device=None) -> "LowRankLinear":
+        """An uninitialised layer with the features, bias and dtype of an `nn.Linear` or `Conv1D`."""
+        transposed = isinstance(linear, Conv1D)
+        out_features, in_features = linear.weight.shape[::-1] if transposed else linear.weight.shape
+        return cls(
+            in_features, out_features, rank, linear.bias is not None, transposed, device, linear.weight.dtype
+        ).train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (..., n)` to `(..., m)`."""
+        return self.left(self.right(x))
+
+    def product(self) -> Tensor:
+        """The weight this layer stands for, `(m, n)`, or `(n, m)` for a `Conv1D`."""
+        weight = self.left.weight @ self.right.weight
+        return weight.T if self.transposed else weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight this layer stands for, read only; model code that only asks for its dtype costs nothing."""
+        return self.product() if torch.compiler.is_compiling() else _LazyProduct(self)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias `(m,)` or `None`."""
+        return self.left.bias
+
+    @torch.no_grad()
+    def to_dense(self, dtype: torch.dtype) -> nn.Module:
+        """The `nn.Linear` or `Conv1D` with the product as its weight, multiplied in float32 or better."""
+        left, right = self.left.weight, self.right.weight
+        precise = torch.promote_types(left.dtype, torch.float32)
+        product = (left.to(precise) @ right.to(precise)).to(dtype)
+        if self.transposed:
+            dense = Conv1D(self.out_features, self.in_features).to(device=left.device, dtype=dtype)
+            dense.weight = nn.Parameter(product.T.contiguous())
+            if self.bias is not None:
+                dense.bias = nn.Parameter(self.bias.detach().to(dtype))
+            return dense
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(product)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return dense
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class LowRankConfig(QuantizationConfigMixin):
+    """What loading needs of a checkpoint's `quantization_config`; every other field is kept as it is.
+
+    Args:
+        ranks: rank of each compressed layer by its name in the checkpoint.
+        format_version: of the checkpoint's layout.
+        provenance: how the checkpoint was made.
+    """
+
+    def __init__(self, ranks, format_version=FORMAT_VERSION, quant_method=QUANT_METHOD, **provenance):
+        check_format(format_version)
+        self.quant_method = quant_method
+        self.ranks = dict(ranks)
+        self.format_version = format_version
+        self.__dict__.update(provenance)
+
+
+def check_format(version: int) -> None:
+    """Raise `RuntimeError` when a checkpoint was written by a newer format than this code reads."""
+    if version > FORMAT_VERSION:
+        raise RuntimeError(
+            f"this checkpoint has PGSVD format {version}, and this runtime reads up to {FORMAT_VERSION}; upgrade with "
+            "`pip install -U optimum-pgsvd`"
+        )
+
+
+class LowRankQuantizer(HfQuantizer):
+    """Rebuilds the low-rank layers of a checkpoint before its weights are loaded, and checks that all of them came."""
+
+    requires_calibration = False
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        """Compressed models are saved by the ordinary `save_pretrained`."""
+        return True
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        if self.pre_quantized:
+            names = model_names(model, self.quantization_config.ranks, self)
+            for name, rank in names.items():
+                set_submodule(model, name, LowRankLinear.like(model.get_submodule(name), rank, device="meta"))
+            tripwires = {rf"^{re.escape(name)}\.weight$" for name in names}
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *tripwires}
+            check_factors_while_loading(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model):
+        """The state to save, with the ranks brought up to date and the tripwire added.
+
+        The tripwire is an empty tensor under the name of the first layer's dense weight. Where this code is not
+        registered, transformers would build the dense model and leave its compressed layers at random; the tripwire's
+        shape makes it raise instead.
+        """
+        layers = low_rank_layers(model)
+        names = checkpoint_names(model, layers)
+        self.quantization_config.ranks = {names[name]: layer.rank for name, layer in layers.items()}
+        state = model.state_dict()
+        for name in list(layers)[:1]:
+            state[f"{name}.weight"] = torch.zeros(0)
+        return state, {"quant_method": QUANT_METHOD, "format_version": str(FORMAT_VERSION)}
+
+    def _dequantize(self, model, dtype=None):
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for name, layer in low_rank_layers(model).items():
+            set_submodule(model, name, layer.to_dense(dtype or layer.left.weight.dtype))
+        return model
+
+    def remove_quantization_config(self, model):
+        """Leave nothing of the compression in a model that is dense again."""
+        super().remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, transformers.PreTrainedModel):
+                vars(module.config).pop("_is_quantized", None)
+        vars(model.config).pop("auto_map", None)
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The low-rank layers of a model by name, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def model_names(model: nn.Module, ranks: dict, quantizer: HfQuantizer) -> dict[str, int]:
+    """Ranks by the model's own module names, which may differ from the checkpoint's.
+
+    Translated by the loader's own renamings. Layers that this class does not have, as when only one tower of a
+    checkpoint is loaded, are left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    dense = {f"{name}.weight": True for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    names = {}
+    for name, rank in ranks.items():
+        key = f"{name}.weight"
+        renamed, _ = rename_source_key(key, renamings, [], model.base_model_prefix, dense)
+        found = renamed if renamed in dense else rename_source_key(key, [], [], model.base_model_prefix, dense)[0]
+        if found in dense:
+            names[found.removesuffix(".weight")] = rank
+    return names
+
+
+def checkpoint_names(model: nn.Module, names) -> dict[str, str]:
+    """The name on disk of each module, as `save_pretrained` will write it."""
+    from transformers.core_model_loading import WeightRenaming
+
+    conversions = reversed(getattr(model, "_weight_conversions", None) or [])
+    renamings = [
+        conversion.reverse_transform() for conversion in conversions if isinstance(conversion, WeightRenaming)
+    ]
+
+    def on_disk(name: str) -> str:
+        key = f"{name}.weight"
+        for renaming in renamings:
+            key = renaming.rename_source_key(key)[0]
+        return key.removesuffix(".weight")
+
+    return {name: on_disk(name) for name in names}
+
+
+def check_factors_while_loading(model: nn.Module) -> None:
+    """Make the loader raise `RuntimeError` for a factor that is missing, extra or misshapen.
+
+    Stock transformers only warns about missing and unexpected weights. The check runs where it settles which of them
+    matter, before it reports them, and removes itself.
+    """
+    settle = model._adjust_missing_and_unexpected_keys
+
+    def settle_and_check(loading_info):
+        del model._adjust_missing_and_unexpected_keys
+        settle(loading_info)
+        problems = factor_problems(model, loading_info)
+        if problems:
+            loading_info.mismatched_keys.clear()
+            raise RuntimeError(
+                "the PGSVD checkpoint and the ranks in its config.json do not agree:\n  "
+                + "\n  ".join(problems)
+                + "\nThe checkpoint is damaged or was edited; save or download it again."
+            )
+
+    model._adjust_missing_and_unexpected_keys = settle_and_check
+
+
+def factor_problems(model: nn.Module, loading_info) -> list[str]:
+    """What is wrong with the factors that were loaded, a line each."""
+    factors = tuple(f"{name}." for name in low_rank_layers(model))
+    suffix = re.compile(r"\.(left|right)\.(weight|bias)$")
+    modules = {name for name, _ in model.named_modules()}
+    problems = [f"missing factor: {key}" for key in sorted(loading_info.missing_keys) if key.startswith(factors)]
+    problems += [
+        f"misshapen factor: {key} is {tuple(found)}, its rank asks for {tuple(expected)}"
+        for key, found, expected in sorted(loading_info.mismatched_keys)
+        if key.startswith(factors)
+    ]
+    problems += [
+        f"extra factor: {key}, a layer that the config does not list"
+        for key in sorted(loading_info.unexpected_keys)
+        if suffix.search(key) and suffix.sub("", key) in modules
+    ]
+    return problems
+
+
+def register(config_class=LowRankConfig, quantizer_class=LowRankQuantizer) -> None:
+    """Make transformers know `quant_method: pgsvd`; the first registration in a process stays."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, config_class)
+    AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, quantizer_class)
+
+
+def auto_classes(model_type: str) -> dict[str, list[str]]:
+    """The model classes of each of transformers' auto classes for a model type."""
+    from transformers.models.auto import modeling_auto
+
+    classes = {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if name.startswith("Auto") and mapping is not None and model_type in mapping._model_mapping:
+            found = mapping._model_mapping[model_type]
+            classes[name] = [found] if isinstance(found, str) else list(found)
+    return classes
+
+
+def __getattr__(name: str):
+    """A stock model class under this module's name, so that a checkpoint's `auto_map` can point here.
+
+    transformers then imports this file, which registers the quantizer, and loads the model as the stock class would.
+    """
+    stock = None if name.startswith("_") else getattr(transformers, name, None)
+    if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    auto = [key for key, classes in auto_classes(stock.config_class.model_type).items() if name in classes]
+    globals()[name] = type(name, (stock,), {"__module__": __name__, "_auto_class": auto[0] if auto else "AutoModel"})
+    keep_conversions(name)
+    return globals()[name]
+
+
+def keep_conversions(class_name: str) -> None:
+    """Let a class made here load old checkpoint names as the stock class of the same name does."""
+    from transformers import conversion_mapping
+
+    getattr(conversion_mapping, "USER_REGISTERED_MAPPINGS", set()).add(class_name)
+
+
+if not __name__.startswith("optimum_pgsvd."):
+    register()

@@ -1,0 +1,62 @@
+"""The plug-in: compress while `from_pretrained` loads, rebuild when a compressed checkpoint is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import PGSVDConfig
+from .errors import CalibrationError, ConfigError, UnsupportedModelError
+from .modeling_pgsvd import LowRankQuantizer
+from .modeling_pgsvd import register as register_with_transformers
+
+
+class PGSVDQuantizer(LowRankQuantizer):
+    """transformers' quantizer for `quant_method: pgsvd`."""
+
+    quantization_config: PGSVDConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse, before any weight is read, what cannot be done."""
+        config = self.quantization_config
+        if self.pre_quantized:
+            return
+        if config.is_result:
+            raise ConfigError(
+                "this PGSVDConfig is the result of a compression; to compress a dense model, build a new one with "
+                "parameter_reduction=..., tolerance=... or ranks=..."
+            )
+        if config.needs_dataset and config.dataset is None:
+            raise CalibrationError(
+                f"solver={config.solver!r} needs calibration data: give PGSVDConfig(dataset=texts), a file, a Hub "
+                "dataset's name or 'self', or use solver='svd', which needs none"
+            )
+        if isinstance(device_map, dict) and {"disk", "cpu"} & {str(device) for device in device_map.values()}:
+            if len({str(device) for device in device_map.values()}) > 1:
+                raise UnsupportedModelError(
+                    "a model offloaded to the CPU or to disk cannot be compressed while it loads; load it with "
+                    "device_map=None, save it, and reload the compressed model with any device_map"
+                )
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from .compressor import PGSVDCompressor
+        from .saving import attach_artifacts, load_report
+
+        if self.pre_quantized:
+            attach_artifacts(model, load_report(model.name_or_path))
+            return model
+        for name in ("quantization_config",):
+            delattr(model.config, name)
+        model.is_quantized = False
+        PGSVDCompressor(self.quantization_config).compress(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        from .saving import detach_artifacts
+
+        detach_artifacts(model)
+        return super()._dequantize(model, dtype=dtype)
+
+
+def register() -> None:
+    """Make transformers know PGSVD; safe to call repeatedly."""
+    register_with_transformers(PGSVDConfig, PGSVDQuantizer)

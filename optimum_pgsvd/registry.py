@@ -1,0 +1,52 @@
+"""Named functions of one kind, registered by a decorator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from .errors import ConfigError
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Registry(Generic[F]):
+    """Functions by name.
+
+    Args:
+        kind: the config field that names them, used in messages.
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._functions: dict[str, F] = {}
+        self._traits: dict[str, dict[str, bool]] = {}
+
+    def register(self, name: str, **traits: bool) -> Callable[[F], F]:
+        """Decorator: make a function known under a name, with facts about it that its callers need."""
+
+        def add(function: F) -> F:
+            if name in self._functions:
+                raise ValueError(f"{self.kind} {name!r} is already registered")
+            self._functions[name], self._traits[name] = function, traits
+            return function
+
+        return add
+
+    def names(self) -> list[str]:
+        """Every registered name."""
+        return sorted(self._functions)
+
+    def check(self, name: str) -> str:
+        """The name itself; raises `ConfigError`, listing the known names, when it is not registered."""
+        if name not in self._functions:
+            raise ConfigError(f"{self.kind}={name!r} is not known; known are {', '.join(self.names())}")
+        return name
+
+    def __getitem__(self, name: str) -> F:
+        return self._functions[self.check(name)]
+
+    def trait(self, name: str, trait: str) -> bool:
+        """A fact about a registered function, as given when it was registered."""
+        return self._traits[self.check(name)][trait]

@@ -1,0 +1,68 @@
+"""The only code that mutates a model."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from .config import PGSVDConfig
+from .modeling_pgsvd import LowRankLinear, checkpoint_names, set_submodule
+from .structures import LowRankFactors
+
+
+@torch.no_grad()
+def replace_linear(model: nn.Module, name: str, factors: LowRankFactors) -> LowRankLinear:
+    """Put a `LowRankLinear` with these factors in the place of a linear or `Conv1D`.
+
+    The dtype, device, bias and `requires_grad` stay as they were.
+
+    Args:
+        model: changed in place.
+        name: of the layer.
+        factors: in any dtype, rounded once to the layer's.
+
+    Returns:
+        The new layer.
+    """
+    dense = model.get_submodule(name)
+    layer = LowRankLinear.like(dense, factors.rank, device="meta")
+    rounded = factors.to(dense.weight.dtype)
+    for inner, value in ((layer.left, rounded.left), (layer.right, rounded.right)):
+        inner.weight = nn.Parameter(value.to(dense.weight.device), requires_grad=dense.weight.requires_grad)
+    if dense.bias is not None:
+        layer.left.bias = dense.bias
+    set_submodule(model, name, layer)
+    return layer
+
+
+def mark_compressed(model: PreTrainedModel, config: PGSVDConfig) -> PGSVDConfig:
+    """Make a model whose layers were replaced one that transformers knows as quantized.
+
+    The model gets a config of its own: one shared with a dense model is not touched.
+
+    Args:
+        model: changed in place.
+        config: the request.
+
+    Returns:
+        The result's config, with the rank of every compressed layer by its name in the checkpoint.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    names = checkpoint_names(model, layers)
+    result = config.with_ranks({names[name]: layer.rank for name, layer in layers.items()})
+    copies: dict[int, object] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        inner = vars(module).get("config")
+        if id(inner) in copies:
+            module.config = copies[id(inner)]
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True
+    model.config.quantization_config = result
+    model.hf_quantizer = AutoHfQuantizer.from_config(result, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, result.quant_method
+    return result

@@ -1,0 +1,224 @@
+"""What was done to a model, layer by layer, measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .structures import RankPlan
+from .targets import Targets
+from .version import __version__
+
+
+REPORT_NAME = "pgsvd_report.json"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One target layer.
+
+    Args:
+        name: of the module.
+        shape: `[m, n]` of its weight.
+        rank: `None` for a layer kept dense.
+        parameters_before: of the weight, the bias not counted.
+        parameters_after: of the factors, or of the dense weight.
+        weight_error: `‖W − left right‖ / ‖W‖` of the factors as stored, 0 for dense; in a plan, the planned e(rank).
+        activation_error: `‖(W − left right) Xᵀ‖ / ‖W Xᵀ‖` likewise; `None` where no inputs were measured.
+        tolerance: the ε it was planned with, if any.
+        group: the glob of its budget, "" for the main one.
+        tokens: calibration tokens it saw.
+        seconds: spent on factoring it.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int | None
+    parameters_before: int
+    parameters_after: int
+    weight_error: float | None = None
+    activation_error: float | None = None
+    tolerance: float | None = None
+    group: str = ""
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters and bytes of the whole model, each tensor counted once."""
+
+    parameters: int
+    bytes: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelSize:
+        """Count a model's parameters."""
+        parameters = list(model.parameters())
+        return cls(sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters))
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """The report of a compression, or of a plan for one.
+
+    Args:
+        layers: every target, in model order.
+        skipped: modules that stayed dense, with the reason.
+        model_before: the dense model.
+        model_after: the compressed model.
+        config: the request.
+        seconds: by step, wall-clock.
+        calibration: what the model was measured on.
+        notes: anything out of the ordinary.
+        environment: versions.
+    """
+
+    layers: tuple[LayerReport, ...]
+    skipped: Mapping[str, str]
+    model_before: ModelSize
+    model_after: ModelSize
+    config: Mapping[str, Any]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of_plan(
+        cls, plan: RankPlan, targets: Targets, model: nn.Module, config: Mapping[str, Any]
+    ) -> CompressionReport:
+        """The report of a plan that has not been carried out: sizes, no errors."""
+        before = ModelSize.of(model)
+        bytes_of = {name: model.get_submodule(name).weight.element_size() for name in plan.layers}
+        saved = {name: layer.shape.dense_parameters - layer.parameters for name, layer in plan.layers.items()}
+        after = ModelSize(
+            before.parameters - sum(saved.values()), before.bytes - sum(saved[name] * bytes_of[name] for name in saved)
+        )
+        return cls(tuple(planned_layers(plan)), targets.skipped, before, after, config, environment=environment())
+
+    @property
+    def parameters_before(self) -> int:
+        """Parameters of the targets before."""
+        return sum(layer.parameters_before for layer in self.layers)
+
+    @property
+    def parameters_after(self) -> int:
+        """Parameters of the targets after."""
+        return sum(layer.parameters_after for layer in self.layers)
+
+    @property
+    def parameter_reduction(self) -> float:
+        """Fraction of the targets' parameters removed."""
+        return 1 - self.parameters_after / self.parameters_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it, totals included."""
+        totals = {
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "parameter_reduction": self.parameter_reduction,
+        }
+        return {"targets": totals, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CompressionReport:
+        """The report that `to_dict` described."""
+        layers = tuple(LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"])
+        sizes = {key: ModelSize(**values[key]) for key in ("model_before", "model_after")}
+        rest = {key: value for key, value in values.items() if key not in ("targets", "layers", "notes", *sizes)}
+        return cls(layers=layers, notes=tuple(values["notes"]), **sizes, **rest)
+
+    def save(self, folder: str | os.PathLike) -> str:
+        """Write `pgsvd_report.json` into a folder and return its path."""
+        path = os.path.join(folder, REPORT_NAME)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=2)
+            file.write("\n")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> CompressionReport:
+        """Read `pgsvd_report.json` from a folder."""
+        with open(os.path.join(folder, REPORT_NAME), encoding="utf-8") as file:
+            return cls.from_dict(json.load(file))
+
+    def summary(self) -> str:
+        """The totals in three lines."""
+        before, after = self.model_before, self.model_after
+        return (
+            f"targets: {self.parameters_before:,} → {self.parameters_after:,} parameters, "
+            f"{self.parameter_reduction:.2%} removed\n"
+            f"model:   {before.parameters:,} → {after.parameters:,} parameters, "
+            f"{1 - after.parameters / before.parameters:.2%} removed\n"
+            f"bytes:   {before.bytes:,} → {after.bytes:,}, {1 - after.bytes / before.bytes:.2%} removed"
+        )
+
+    def table(self):
+        """The layers as a `rich.table.Table`."""
+        from rich.table import Table
+
+        table = Table("layer", "shape", "rank", "weight error", "activation error", "before", "after", "seconds")
+        for layer in self.layers:
+            table.add_row(
+                layer.name,
+                f"{layer.shape[0]} × {layer.shape[1]}",
+                "dense" if layer.rank is None else str(layer.rank),
+                _number(layer.weight_error),
+                _number(layer.activation_error),
+                f"{layer.parameters_before:,}",
+                f"{layer.parameters_after:,}",
+                f"{layer.seconds:.2f}",
+            )
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=140)
+        with console.capture() as capture:
+            console.print(self.table())
+        skipped = "".join(f"\nskipped {name}: {reason}" for name, reason in self.skipped.items())
+        notes = "".join(f"\nnote: {note}" for note in self.notes)
+        return capture.get() + self.summary() + skipped + notes
+
+
+def planned_layers(plan: RankPlan) -> list[LayerReport]:
+    """What a plan says of each layer."""
+    return [
+        LayerReport(
+            name,
+            (layer.shape.out_features, layer.shape.in_features),
+            layer.rank,
+            layer.shape.dense_parameters,
+            layer.parameters,
+            weight_error=0.0 if layer.rank is None else layer.relative_error,
+            activation_error=0.0 if layer.rank is None else None,
+            tolerance=layer.tolerance,
+            group=layer.group,
+        )
+        for name, layer in plan.layers.items()
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    import torch
+    import transformers
+
+    return {
+        "optimum_pgsvd": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

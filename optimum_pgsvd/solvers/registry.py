@@ -1,0 +1,17 @@
+"""The known solvers."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..registry import Registry
+from ..structures import LowRankFactors
+
+
+class Solver(Protocol):
+    """`W (m, n)`, `G (n, n)` or `None`, rank and iterations in, float64 factors out."""
+
+    def __call__(self, weight: Tensor, gram: Tensor, rank: int, num_iterations: int) -> LowRankFactors: ...
+
+
+SOLVERS: Registry[Solver] = Registry("solver")

@@ -1,0 +1,203 @@
+"""The nouns: frozen values that the steps of the pipeline hand to one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .linalg import relative_tails
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """Shape of a linear layer's weight.
+
+    Args:
+        out_features: m.
+        in_features: n.
+    """
+
+    out_features: int
+    in_features: int
+
+    @property
+    def dense_parameters(self) -> int:
+        """`m n`: parameters of the weight, the bias not counted."""
+        return self.out_features * self.in_features
+
+    @property
+    def full_rank(self) -> int:
+        """`min(m, n)`."""
+        return min(self.out_features, self.in_features)
+
+    @property
+    def rank_cost(self) -> int:
+        """`m + n`: parameters of one rank."""
+        return self.out_features + self.in_features
+
+    @property
+    def largest_saving_rank(self) -> int:
+        """Largest r with `r (m + n) < m n`; 0 where no factorisation saves anything."""
+        return (self.dense_parameters - 1) // self.rank_cost
+
+    def parameters(self, rank: int | None) -> int:
+        """Parameters of the weight at a rank; `None` means dense."""
+        return self.dense_parameters if rank is None else rank * self.rank_cost
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a group of layers is kept: exactly one of the two.
+
+    Args:
+        parameter_reduction: fraction of the group's parameters removed, in [0, 1).
+        tolerance: ε, the largest relative error of each layer, in [0, 1].
+    """
+
+    parameter_reduction: float | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.parameter_reduction is None) == (self.tolerance is None):
+            raise ConfigError("a budget is exactly one of parameter_reduction and tolerance")
+        for value in (self.parameter_reduction, self.tolerance):
+            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+                raise ConfigError(f"a budget is a number, not {value!r}")
+        if self.parameter_reduction is not None and not 0 <= self.parameter_reduction < 1:
+            raise ConfigError(
+                f"parameter_reduction={self.parameter_reduction} is outside [0, 1): it is the fraction of the target "
+                "layers' parameters that is removed, 0.2 for 20 %"
+            )
+        if self.tolerance is not None and not 0 <= self.tolerance <= 1:
+            raise ConfigError(
+                f"tolerance={self.tolerance} is outside [0, 1]: it is the relative error allowed in each layer"
+            )
+
+
+@dataclass(frozen=True)
+class SVDProfile:
+    """Relative error of a layer as a function of its rank.
+
+    Args:
+        shape: of the weight.
+        values: singular values `(min(m, n),)`, descending, of the plain weight (the paper's profile).
+
+    Source:
+        arXiv 2510.05544, Definition 1.
+    """
+
+    shape: LinearShape
+    values: Tensor
+
+    @cached_property
+    def errors(self) -> Tensor:
+        """`e(r)` for r = 0 … min(m, n), float64, never rising."""
+        return relative_tails(self.values)
+
+    def relative_error(self, rank: int | None) -> float:
+        """`e(rank)`; 0 for a dense layer (`None`)."""
+        return 0.0 if rank is None else float(self.errors[rank])
+
+    def rank_for(self, tolerance: float) -> int:
+        """Smallest rank whose relative error is at most `tolerance`."""
+        return int((self.errors > tolerance).sum())
+
+
+@dataclass(frozen=True)
+class LowRankFactors:
+    """`W ≈ left @ right`.
+
+    Args:
+        left: `(m, r)`.
+        right: `(r, n)`.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def __post_init__(self) -> None:
+        if self.left.shape[1] != self.right.shape[0]:
+            raise ValueError(f"left {tuple(self.left.shape)} and right {tuple(self.right.shape)} share no rank")
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension r."""
+        return self.right.shape[0]
+
+    def to(self, dtype: torch.dtype) -> LowRankFactors:
+        """The factors, contiguous, rounded once to `dtype`."""
+        return LowRankFactors(self.left.to(dtype).contiguous(), self.right.to(dtype).contiguous())
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer.
+
+    Args:
+        shape: of the weight.
+        rank: `None` keeps the layer dense.
+        group: the glob of `PGSVDConfig.groups` that the layer fell under, "" for none.
+        tolerance: the group's ε, `None` where ranks were not chosen by a tolerance.
+        relative_error: e(rank) on the plain weight, `None` where it was not computed.
+    """
+
+    shape: LinearShape
+    rank: int | None
+    group: str = ""
+    tolerance: float | None = None
+    relative_error: float | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the layer's weight after compression."""
+        return self.shape.parameters(self.rank)
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The result of allocation: a rank, or dense, for every target layer.
+
+    Args:
+        layers: by module name, in model order.
+    """
+
+    layers: Mapping[str, LayerPlan] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, layer in self.layers.items():
+            if layer.rank is not None and not 1 <= layer.rank <= layer.shape.full_rank:
+                raise ConfigError(
+                    f"rank {layer.rank} of {name} is outside 1 … {layer.shape.full_rank}, the full rank of its "
+                    f"{layer.shape.out_features} × {layer.shape.in_features} weight"
+                )
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Ranks of the layers that are factored; dense layers are absent."""
+        return {name: layer.rank for name, layer in self.layers.items() if layer.rank is not None}
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the target weights before compression."""
+        return sum(layer.shape.dense_parameters for layer in self.layers.values())
+
+    @property
+    def kept_parameters(self) -> int:
+        """Parameters of the target weights after compression, layers kept dense included."""
+        return sum(layer.parameters for layer in self.layers.values())
+
+    @property
+    def parameter_reduction(self) -> float:
+        """Fraction of the targets' parameters removed."""
+        return 1 - self.kept_parameters / self.dense_parameters if self.layers else 0.0
+
+    @staticmethod
+    def merge(plans: Iterable[RankPlan], order: Iterable[str]) -> RankPlan:
+        """One plan out of several over disjoint layers, in the given order."""
+        layers = {name: layer for plan in plans for name, layer in plan.layers.items()}
+        return RankPlan({name: layers[name] for name in order if name in layers})

@@ -1,0 +1,230 @@
+"""Which layers are compressed, found by the structure of the model rather than by a table of names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .config import PGSVDConfig
+from .errors import ConfigError, UnsupportedModelError
+from .modeling_pgsvd import LowRankLinear
+from .structures import LinearShape
+
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to compress.
+
+    Args:
+        name: of the module.
+        shape: of its weight, as an `nn.Linear` would hold it.
+        block: name of the repeated block it lies in, `None` outside of them.
+    """
+
+    name: str
+    shape: LinearShape
+    block: str | None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What `find_targets` found.
+
+    Args:
+        found: layers to compress, in model order.
+        skipped: modules that stay dense, with the reason.
+        blocks: every repeated block with a target in it, in model order.
+    """
+
+    found: tuple[Target, ...]
+    skipped: dict[str, str]
+    blocks: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the layers to compress."""
+        return tuple(target.name for target in self.found)
+
+    @property
+    def shapes(self) -> dict[str, LinearShape]:
+        """Shapes of the layers to compress."""
+        return {target.name: target.shape for target in self.found}
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module is named by a pattern.
+
+    With wildcards the pattern is a glob over the whole name or over its end; without, it is a run of whole components:
+    `q_proj`, `layers.1.self_attn` and `model.layers.1` all match `model.layers.1.self_attn.q_proj`.
+    """
+    if any(wildcard in pattern for wildcard in "*?["):
+        return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    return f".{pattern}." in f".{name}."
+
+
+def first_match(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that names a module."""
+    return next((pattern for pattern in patterns if matches(name, pattern)), None)
+
+
+def weight_shape(module: nn.Module) -> LinearShape:
+    """Shape of a linear's weight with outputs first; `Conv1D` stores it the other way round."""
+    rows, columns = module.weight.shape
+    return LinearShape(columns, rows) if isinstance(module, Conv1D) else LinearShape(rows, columns)
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Names of the repeated blocks: the items of the outermost module lists that hold linear layers.
+
+    A list of bare linears, such as a model's several heads, is not a stack of blocks.
+    """
+    return tuple(_blocks_below(model, ""))
+
+
+def _blocks_below(module: nn.Module, prefix: str) -> Iterator[str]:
+    for child_name, child in module.named_children():
+        name = f"{prefix}{child_name}"
+        if isinstance(child, nn.ModuleList) and any(_is_block(item) for item in child):
+            yield from (f"{name}.{i}" for i, item in enumerate(child) if _is_block(item))
+        else:
+            yield from _blocks_below(child, f"{name}.")
+
+
+def _is_block(module: nn.Module) -> bool:
+    return not isinstance(module, LINEAR_TYPES) and any(isinstance(inner, LINEAR_TYPES) for inner in module.modules())
+
+
+def find_targets(model: nn.Module, config: PGSVDConfig) -> Targets:
+    """Every linear layer of the repeated blocks, less what must or shall stay dense.
+
+    Args:
+        model: any transformers model, on any device.
+        config: for `modules_to_not_convert`, and for `ranks` and `groups`, whose globs may name layers outside the
+            blocks.
+
+    Returns:
+        The targets in model order and what was skipped, with reasons.
+
+    Raises:
+        UnsupportedModelError: nothing is left to compress, or the model is compressed or quantized already.
+        ConfigError: a pattern matches no linear layer.
+    """
+    _refuse_compressed(model)
+    blocks = find_blocks(model)
+    wanted = [*(config.ranks or ()), *config.groups]
+    skipped: dict[str, str] = {}
+    found: list[Target] = []
+    structural = _reasons(model)
+    for name, module in model.named_modules():
+        block = _block_of(name, blocks)
+        if isinstance(module, nn.Embedding):
+            skipped[name] = "embedding"
+        elif name in structural:
+            skipped[name] = structural[name]
+        elif not isinstance(module, LINEAR_TYPES):
+            continue
+        elif pattern := first_match(name, config.modules_to_not_convert):
+            skipped[name] = f"modules_to_not_convert: {pattern}"
+        elif block is None and not first_match(name, wanted):
+            skipped[name] = "outside the repeated blocks"
+        else:
+            found.append(Target(name, weight_shape(module), block))
+    linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)]
+    for field, patterns in (
+        ("modules_to_not_convert", config.modules_to_not_convert),
+        ("ranks", config.ranks or ()),
+        ("groups", config.groups),
+    ):
+        candidates = linears if field == "modules_to_not_convert" else [target.name for target in found]
+        _check_patterns(field, patterns, candidates, skipped)
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no linear layer to compress: "
+            + (
+                "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
+                or "no linear layer at all"
+            )
+        )
+    return Targets(tuple(found), skipped, tuple(block for block in blocks if any(t.block == block for t in found)))
+
+
+def _block_of(name: str, blocks: tuple[str, ...]) -> str | None:
+    return next((block for block in blocks if name.startswith(f"{block}.")), None)
+
+
+def _refuse_compressed(model: nn.Module) -> None:
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        raise UnsupportedModelError(
+            "the model is compressed already; compress the dense model, or model.dequantize() first"
+        )
+    if getattr(model, "is_quantized", False) and getattr(model, "quantization_method", None) != "pgsvd":
+        raise UnsupportedModelError(
+            f"the model is quantized with {model.quantization_method}; compress it with PGSVD first and quantize after"
+        )
+
+
+def _reasons(model: nn.Module) -> dict[str, str]:
+    """Why the structure of a model keeps some of its modules dense."""
+    reasons: dict[str, str] = {}
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    heads = _output_heads(model)
+    for name, module in model.named_modules():
+        experts = _number_of_experts(module)
+        for child_name, child in module.named_children() if experts else ():
+            weight = getattr(child, "weight", None)
+            if weight is not None and weight.dim() == 2 and weight.shape[0] == experts:
+                reasons[f"{name}.{child_name}" if name else child_name] = "router"
+        if isinstance(module, nn.MultiheadAttention):
+            reasons |= {
+                f"{name}.{inner}": "inside nn.MultiheadAttention" for inner, _ in module.named_modules() if inner
+            }
+        if _fused_experts(module):
+            reasons[name] = "fused experts are not supported yet"
+        if isinstance(module, LINEAR_TYPES) and name not in reasons:
+            if module in heads:
+                reasons[name] = "output head"
+            elif owners[id(module.weight)] > 1:
+                reasons[name] = "tied weight"
+            elif type(module) not in LINEAR_TYPES:
+                reasons[name] = f"a subclass of Linear, {type(module).__name__}, may not be replaced"
+    return reasons
+
+
+def _output_heads(model: nn.Module) -> list[nn.Module]:
+    """The output embeddings of a model and of every model in it."""
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [head for inner in models if (head := inner.get_output_embeddings()) is not None]
+
+
+def _fused_experts(module: nn.Module) -> bool:
+    return "expert" in type(module).__name__.lower() and any(p.dim() == 3 for p in module.parameters(recurse=False))
+
+
+def _number_of_experts(module: nn.Module) -> int:
+    """Experts held by a child of a module, 0 where there are none; its router has as many outputs."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList) and name.endswith("experts"):
+            return len(child)
+        if _fused_experts(child):
+            return max(p.shape[0] for p in child.parameters(recurse=False) if p.dim() == 3)
+    return 0
+
+
+def _check_patterns(field: str, patterns: Iterable[str], candidates: list[str], skipped: dict[str, str]) -> None:
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in candidates):
+            blocked = next(
+                (f"; {name} stays dense: {why}" for name, why in skipped.items() if matches(name, pattern)), ""
+            )
+            raise ConfigError(
+                f"{field}: {pattern!r} matches no linear layer{blocked}; the first are {', '.join(candidates[:4])}"
+            )
