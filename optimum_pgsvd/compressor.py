@@ -104,7 +104,7 @@ class PGSVDCompressor(OptimumQuantizer):
         """Load `kwargs["model"]`, compress it and save it to a folder (optimum's interface)."""
         from transformers import AutoModelForCausalLM
 
-        model = kwargs.pop("model")
+        model: Any = kwargs.pop("model")
         model = model if isinstance(model, nn.Module) else AutoModelForCausalLM.from_pretrained(model)
         report = self.compress(model, **kwargs)
         model.save_pretrained(save_dir)

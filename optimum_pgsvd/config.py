@@ -87,7 +87,7 @@ class PGSVDConfig(LowRankConfig):
         self.quant_method = quant_method
         self.parameter_reduction = parameter_reduction
         self.tolerance = tolerance
-        self.ranks = dict(ranks) if ranks is not None else None
+        self.ranks: dict[str, int] | None = dict(ranks) if ranks is not None else None
         self.allocation = allocation
         self.solver = solver
         self.num_iterations = num_iterations

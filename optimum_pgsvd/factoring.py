@@ -34,7 +34,8 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, step: str):
+    def __call__(self, step: str) -> Iterator[None]:
+        """Time a step."""
         start = time.perf_counter()
         try:
             yield

@@ -8,6 +8,7 @@ A compressed layer holds `W ≈ left @ right` as two plain linears: `right` (in_
 """
 
 import re
+from typing import Any
 
 import torch
 import transformers
@@ -25,6 +26,9 @@ FORMAT_VERSION = 1
 class _LazyProduct(Tensor):
     """`left @ right` of a layer, with its shape, dtype and device known and the product made only when it is used."""
 
+    layer: "LowRankLinear"
+    _is_hf_initialized: bool
+
     @staticmethod
     def __new__(cls, layer: "LowRankLinear"):
         factor = layer.left.weight
@@ -33,17 +37,20 @@ class _LazyProduct(Tensor):
         )
         lazy = Tensor._make_wrapper_subclass(cls, shape, dtype=factor.dtype, device=factor.device)
         lazy.layer = layer
+        lazy._is_hf_initialized = True  # models that initialise missing weights by name leave this one alone
         return lazy
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"left @ right of {self.layer}"
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in ("__get__", "size", "dim", "numel", "is_floating_point", "element_size"):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+            return super().__torch_function__(func, types, args, kwargs)
+        return cls.__torch_dispatch__(func, types, args, kwargs)
 
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         def product(value):
             return value.layer.product() if isinstance(value, cls) else value
 
@@ -70,7 +77,7 @@ class LowRankLinear(nn.Module):
         self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
-    def like(cls, linear: nn.Module, rank: int, device=None) -> "LowRankLinear":
+    def like(cls, linear: Any, rank: int, device=None) -> "LowRankLinear":
         """An uninitialised layer with the features, bias and dtype of an `nn.Linear` or `Conv1D`."""
         transposed = isinstance(linear, Conv1D)
         out_features, in_features = linear.weight.shape[::-1] if transposed else linear.weight.shape
@@ -132,7 +139,7 @@ class LowRankConfig(QuantizationConfigMixin):
     def __init__(self, ranks, format_version=FORMAT_VERSION, quant_method=QUANT_METHOD, **provenance):
         check_format(format_version)
         self.quant_method = quant_method
-        self.ranks = dict(ranks)
+        self.ranks: dict[str, int] | None = dict(ranks)
         self.format_version = format_version
         self.__dict__.update(provenance)
 
@@ -249,7 +256,7 @@ def checkpoint_names(model: nn.Module, names) -> dict[str, str]:
     return {name: on_disk(name) for name in names}
 
 
-def check_factors_while_loading(model: nn.Module) -> None:
+def check_factors_while_loading(model: Any) -> None:
     """Make the loader raise `RuntimeError` for a factor that is missing, extra or misshapen.
 
     Stock transformers only warns about missing and unexpected weights. The check runs where it settles which of them
@@ -297,7 +304,7 @@ def register(config_class=LowRankConfig, quantizer_class=LowRankQuantizer) -> No
     AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, quantizer_class)
 
 
-def auto_classes(model_type: str) -> dict[str, list[str]]:
+def auto_classes(model_type: str | None) -> dict[str, list[str]]:
     """The model classes of each of transformers' auto classes for a model type."""
     from transformers.models.auto import modeling_auto
 
@@ -315,10 +322,11 @@ def __getattr__(name: str):
 
     transformers then imports this file, which registers the quantizer, and loads the model as the stock class would.
     """
-    stock = None if name.startswith("_") else getattr(transformers, name, None)
+    stock: Any = None if name.startswith("_") else getattr(transformers, name, None)
     if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    auto = [key for key, classes in auto_classes(stock.config_class.model_type).items() if name in classes]
+    model_type = getattr(stock.config_class, "model_type", None)  # type: ignore[attr-defined]
+    auto = [key for key, classes in auto_classes(model_type).items() if name in classes]
     globals()[name] = type(name, (stock,), {"__module__": __name__, "_auto_class": auto[0] if auto else "AutoModel"})
     keep_conversions(name)
     return globals()[name]
@@ -328,7 +336,8 @@ def keep_conversions(class_name: str) -> None:
     """Let a class made here load old checkpoint names as the stock class of the same name does."""
     from transformers import conversion_mapping
 
-    getattr(conversion_mapping, "USER_REGISTERED_MAPPINGS", set()).add(class_name)
+    known: set[str] = getattr(conversion_mapping, "USER_REGISTERED_MAPPINGS", set())
+    known.add(class_name)
 
 
 if not __name__.startswith("optimum_pgsvd."):

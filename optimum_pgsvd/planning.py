@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def dense_weight(model: nn.Module, name: str) -> Tensor:
     Raises:
         NonFiniteError: it holds NaN or infinity.
     """
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     weight = module.weight.detach()
     if not weight.isfinite().all():
         raise NonFiniteError(f"the weight of {name} holds NaN or infinity; the checkpoint is damaged")

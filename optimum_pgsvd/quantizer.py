@@ -30,12 +30,12 @@ class PGSVDQuantizer(LowRankQuantizer):
                 f"solver={config.solver!r} needs calibration data: give PGSVDConfig(dataset=texts), a file, a Hub "
                 "dataset's name or 'self', or use solver='svd', which needs none"
             )
-        if isinstance(device_map, dict) and {"disk", "cpu"} & {str(device) for device in device_map.values()}:
-            if len({str(device) for device in device_map.values()}) > 1:
-                raise UnsupportedModelError(
-                    "a model offloaded to the CPU or to disk cannot be compressed while it loads; load it with "
-                    "device_map=None, save it, and reload the compressed model with any device_map"
-                )
+        devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+            raise UnsupportedModelError(
+                "a model offloaded to the CPU or to disk cannot be compressed while it loads; load it with "
+                "device_map=None, save it, and reload the compressed model with any device_map"
+            )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from .compressor import PGSVDCompressor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ def replace_linear(model: nn.Module, name: str, factors: LowRankFactors) -> LowR
     Returns:
         The new layer.
     """
-    dense = model.get_submodule(name)
+    dense: Any = model.get_submodule(name)
     layer = LowRankLinear.like(dense, factors.rank, device="meta")
     rounded = factors.to(dense.weight.dtype)
     for inner, value in ((layer.left, rounded.left), (layer.right, rounded.right)):

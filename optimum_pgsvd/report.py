@@ -96,7 +96,7 @@ class CompressionReport:
     ) -> CompressionReport:
         """The report of a plan that has not been carried out: sizes, no errors."""
         before = ModelSize.of(model)
-        bytes_of = {name: model.get_submodule(name).weight.element_size() for name in plan.layers}
+        bytes_of = {name: model.get_parameter(f"{name}.weight").element_size() for name in plan.layers}
         saved = {name: layer.shape.dense_parameters - layer.parameters for name, layer in plan.layers.items()}
         after = ModelSize(
             before.parameters - sum(saved.values()), before.bytes - sum(saved[name] * bytes_of[name] for name in saved)
@@ -131,9 +131,13 @@ class CompressionReport:
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionReport:
         """The report that `to_dict` described."""
         layers = tuple(LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"])
-        sizes = {key: ModelSize(**values[key]) for key in ("model_before", "model_after")}
-        rest = {key: value for key, value in values.items() if key not in ("targets", "layers", "notes", *sizes)}
-        return cls(layers=layers, notes=tuple(values["notes"]), **sizes, **rest)
+        known = {
+            "layers": layers,
+            "model_before": ModelSize(**values["model_before"]),
+            "model_after": ModelSize(**values["model_after"]),
+            "notes": tuple(values["notes"]),
+        }
+        return cls(**{key: value for key, value in values.items() if key != "targets"} | known)
 
     def save(self, folder: str | os.PathLike) -> str:
         """Write `pgsvd_report.json` into a folder and return its path."""

@@ -85,7 +85,8 @@ def push_to_hub(
         card_path = os.path.join(folder, CARD_NAME)
         if os.path.exists(card_path):
             card = edited_card(repo_id, token) or model_card(model, model.pgsvd_report, repo_id)
-            card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *(tags or [])]))
+            data: Any = card.data
+            data.tags = list(dict.fromkeys([*(data.tags or []), *(tags or [])]))
             card.save(card_path)
         return upload(
             folder,
@@ -163,7 +164,7 @@ def edited_card(repo_id: str, token: bool | str | None) -> ModelCard | None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        card = ModelCard.load(repo_id, token=token)
+        card = ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]
     except (EntryNotFoundError, RepositoryNotFoundError):
         return None
     return None if MARKER in card.content else card
@@ -188,7 +189,7 @@ def upload(
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return api.upload_folder(
-        folder_path=folder,
+        folder_path=os.fspath(folder),
         repo_id=repo_id,
         revision=revision,
         create_pr=create_pr,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -76,7 +77,7 @@ def first_match(name: str, patterns: Iterable[str]) -> str | None:
     return next((pattern for pattern in patterns if matches(name, pattern)), None)
 
 
-def weight_shape(module: nn.Module) -> LinearShape:
+def weight_shape(module: Any) -> LinearShape:
     """Shape of a linear's weight with outputs first; `Conv1D` stores it the other way round."""
     rows, columns = module.weight.shape
     return LinearShape(columns, rows) if isinstance(module, Conv1D) else LinearShape(rows, columns)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import PGSVDConfig
 from ..errors import CalibrationError
@@ -21,7 +21,7 @@ Batch = dict[str, Any]
 LONGEST_DEFAULT = 2048
 
 
-def load_calibration_set(model: nn.Module, config: PGSVDConfig, tokenizer: Any = None) -> list[Batch]:
+def load_calibration_set(model: Any, config: PGSVDConfig, tokenizer: Any = None) -> list[Batch]:
     """The calibration set as batches of keyword arguments for the model's `forward`.
 
     Texts of a causal language model are joined and cut into windows without padding; texts of other models are
@@ -48,7 +48,7 @@ def load_calibration_set(model: nn.Module, config: PGSVDConfig, tokenizer: Any =
     if isinstance(config.dataset, str) and config.dataset == "self":
         windows: list[Tensor] = sample_from_model(model, config.num_samples, length, config.batch_size, config.seed)
         return list(stack(windows, config.batch_size))
-    examples = read_source(config.dataset, config.num_samples, config.seed)
+    examples: list[Any] = read_source(config.dataset, config.num_samples, config.seed)
     if not examples:
         raise CalibrationError("the calibration dataset is empty")
     first = examples[0]
@@ -64,14 +64,14 @@ def load_calibration_set(model: nn.Module, config: PGSVDConfig, tokenizer: Any =
     return [complete(model, batch) for batch in pad(examples, load_tokenizer(tokenizer), config, length)]
 
 
-def default_length(model: nn.Module) -> int:
+def default_length(model: Any) -> int:
     """The model's longest sequence, at most `LONGEST_DEFAULT` tokens."""
     text = model.config.get_text_config()
     known = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_target_positions")]
     return min([LONGEST_DEFAULT, *(value for value in known if value)])
 
 
-def is_causal(model: nn.Module) -> bool:
+def is_causal(model: Any) -> bool:
     """Whether the model predicts each token from those before it, so that texts may be joined."""
     return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
@@ -131,7 +131,7 @@ def stack(windows: list[Tensor], batch_size: int) -> Iterator[Batch]:
         start = stop
 
 
-def complete(model: nn.Module, batch: Batch) -> Batch:
+def complete(model: Any, batch: Batch) -> Batch:
     """What an encoder-decoder needs besides its input: decoder inputs, and a mask where its labels are padded."""
     if not getattr(model.config, "is_encoder_decoder", False) or "input_ids" not in batch:
         return batch

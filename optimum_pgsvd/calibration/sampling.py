@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
 from ..errors import CalibrationError
 
 
 @torch.no_grad()
-def sample_from_model(model: nn.Module, num_samples: int, length: int, batch_size: int, seed: int) -> list[Tensor]:
+def sample_from_model(model: Any, num_samples: int, length: int, batch_size: int, seed: int) -> list[Tensor]:
     """Sequences drawn token by token from a causal language model at temperature 1.
 
     Each starts with the beginning-of-sequence token, or a random token where the model has none; after an

@@ -105,7 +105,8 @@ class _Capture(AbstractContextManager):
     """Records the calls of every block in one forward pass."""
 
     def __init__(self, walk: BlockWalk):
-        self.walk, self.calls = walk, []
+        self.walk = walk
+        self.calls: list[_Call] = []
         self._producers: dict[int, tuple[_Output, Tensor]] = {}  # holds the tensors, so that their ids stay theirs
         self._hooks = ExitStack()
 

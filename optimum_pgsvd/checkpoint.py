@@ -1,0 +1,155 @@
+"""Checkpoints on disk: a safe place to write one, and what one holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import NotASafetensorsRepoError
+from safetensors import safe_open
+
+from .config import PGSVDConfig
+from .errors import CheckpointError
+from .report import REPORT_NAME, CompressionReport
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
+    """A folder that appears under its name only when everything in it has been written.
+
+    Args:
+        path: of the folder.
+        overwrite: replace a folder that is not empty; the old one stays until the new one is complete.
+
+    Yields:
+        A folder beside it to write into.
+
+    Raises:
+        CheckpointError: the folder is not empty and may not be overwritten, or is a file.
+    """
+    path = os.path.abspath(path)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise CheckpointError(f"the output {path} is a file; name a folder")
+    if os.path.isdir(path) and os.listdir(path) and not overwrite:
+        raise CheckpointError(f"the output folder {path} is not empty; choose another, or overwrite it")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path)) as beside:
+        fresh, old = os.path.join(beside, "new"), os.path.join(beside, "old")
+        os.mkdir(fresh)
+        yield fresh
+        if os.path.isdir(path):
+            os.rename(path, old)
+        try:
+            os.rename(fresh, path)
+        except OSError:
+            if os.path.isdir(old):
+                os.rename(old, path)
+            raise
+
+
+@dataclass(frozen=True)
+class CheckpointContents:
+    """What a compressed checkpoint holds.
+
+    Args:
+        config: its quantization config.
+        factors: `(out_features, rank, in_features)` of each compressed layer, by its name in the checkpoint.
+        parameters: in all tensors.
+        dtypes: parameters by dtype.
+        report: the report beside it, `None` where there is none.
+    """
+
+    config: PGSVDConfig
+    factors: Mapping[str, tuple[int, int, int]]
+    parameters: int
+    dtypes: Mapping[str, int]
+    report: CompressionReport | None
+
+
+def read_contents(source: str | os.PathLike, **hub: Any) -> CheckpointContents:
+    """Read what a checkpoint holds from its config and its tensors' headers; no weight is loaded.
+
+    Args:
+        source: a folder, or the name of a model on the Hub.
+        hub: `revision` and `token` of a model on the Hub.
+
+    Returns:
+        The contents.
+
+    Raises:
+        CheckpointError: it is no PGSVD checkpoint, or its factors and its config disagree.
+    """
+    name = os.fspath(source)
+    config = read_config(name, **hub)
+    tensors = local_tensors(name) if os.path.isdir(name) else hub_tensors(name, **hub)
+    factors = {}
+    for layer, rank in (config.ranks or {}).items():
+        left, right = (tensors.get(f"{layer}.{factor}.weight", ((), ""))[0] for factor in ("left", "right"))
+        if len(left) != 2 or len(right) != 2 or left[1] != rank or right[0] != rank:
+            raise CheckpointError(
+                f"{name}: the config gives {layer} rank {rank}, its factors are left {left or 'missing'} and right "
+                f"{right or 'missing'}; the checkpoint is damaged or was edited"
+            )
+        factors[layer] = (left[0], rank, right[1])
+    sizes: dict[str, int] = {}
+    for shape, dtype in tensors.values():
+        sizes[dtype] = sizes.get(dtype, 0) + numel(shape)
+    report = CompressionReport.load(name) if os.path.exists(os.path.join(name, REPORT_NAME)) else None
+    return CheckpointContents(config, factors, sum(sizes.values()), sizes, report)
+
+
+def read_config(name: str, **hub: Any) -> PGSVDConfig:
+    """The quantization config of a checkpoint."""
+    if os.path.isdir(name):
+        path = os.path.join(name, "config.json")
+        if not os.path.exists(path):
+            raise CheckpointError(f"{name} holds no config.json, so no model")
+    else:
+        path = HfApi(library_name="optimum-pgsvd").hf_hub_download(name, "config.json", **hub)
+    with open(path, encoding="utf-8") as file:
+        values = json.load(file).get("quantization_config", {})
+    if values.get("quant_method") != "pgsvd":
+        raise CheckpointError(f"{name} is no PGSVD checkpoint: its quant_method is {values.get('quant_method')!r}")
+    return PGSVDConfig(**values)
+
+
+Tensors = dict[str, tuple[tuple[int, ...], str]]
+
+
+def local_tensors(folder: str) -> Tensors:
+    """Shape and dtype of every tensor in a folder's safetensors files."""
+    tensors: Tensors = {}
+    for file in sorted(os.listdir(folder)):
+        if file.endswith(".safetensors"):
+            with safe_open(os.path.join(folder, file), framework="pt") as shard:
+                for key in shard.keys():  # noqa: SIM118  (not a mapping)
+                    part = shard.get_slice(key)
+                    tensors[key] = (tuple(part.get_shape()), part.get_dtype())
+    return tensors
+
+
+def hub_tensors(name: str, **hub: Any) -> Tensors:
+    """Shape and dtype of every tensor of a model on the Hub, from the headers alone."""
+    try:
+        metadata = HfApi(library_name="optimum-pgsvd").get_safetensors_metadata(name, **hub)
+    except NotASafetensorsRepoError as error:
+        raise CheckpointError(f"{name} holds no safetensors files") from error
+    return {
+        key: (tuple(tensor.shape), tensor.dtype)
+        for file in metadata.files_metadata.values()
+        for key, tensor in file.tensors.items()
+    }
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    """Number of elements of a shape."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count

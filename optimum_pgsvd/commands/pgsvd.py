@@ -1,0 +1,203 @@
+"""`optimum-cli pgsvd`: compress, plan and inspect."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """What to compress, and how far."""
+    parser.add_argument("-m", "--model", required=True, help="folder or Hub name of the dense model")
+    parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    parser.add_argument("--dtype", default="auto", help="dtype to load the model in (default: the checkpoint's)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run modelling code of the model's repository"
+    )
+    budget = parser.add_argument_group("budget", "exactly one of")
+    budget.add_argument(
+        "--parameter-reduction", type=float, help="fraction of the targets' parameters removed, 0.2 = 20 %%"
+    )
+    budget.add_argument("--tolerance", type=float, help="relative error allowed in each layer, 0 to 1")
+    budget.add_argument("--ranks", help="JSON file: rank by layer name or glob")
+    how = parser.add_argument_group("allocation")
+    how.add_argument("--allocation", default="pareto", help="pareto (PGSVD, default) or uniform")
+    how.add_argument(
+        "--group",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("GLOB", "BUDGET"),
+        help='a budget of its own for some layers, e.g. --group "*.mlp.*" tolerance=0.3; may be repeated',
+    )
+    how.add_argument("--modules-to-not-convert", nargs="*", default=None, help="names or globs that stay dense")
+    how.add_argument("--rank-multiple", type=int, default=1, help="ranks are multiples of this (default 1)")
+
+
+def add_calibration_arguments(parser: ArgumentParser) -> None:
+    """What the factors are fitted on, and by which solver."""
+    how = parser.add_argument_group("calibration")
+    how.add_argument("--dataset", help='.txt, .jsonl or .parquet file, Hub dataset, or "self"')
+    how.add_argument("--tokenizer", help="folder or Hub name (default: the model's)")
+    how.add_argument("--num-samples", type=int, default=256, help="calibration sequences (default 256)")
+    how.add_argument(
+        "--sequence-length", type=int, help="tokens in a sequence (default: the model's maximum, at most 2048)"
+    )
+    how.add_argument("--batch-size", type=int, default=8, help="sequences in a forward pass (default 8)")
+    how.add_argument("--seed", type=int, default=0, help="of the choice of samples (default 0)")
+    how.add_argument(
+        "--solver", default="eigh", help="eigh (closed form, default), als (the paper's) or svd (no data)"
+    )
+    how.add_argument("--num-iterations", type=int, default=10, help="ALS sweeps (default 10)")
+
+
+CONFIG_FIELDS = (
+    "parameter_reduction", "tolerance", "allocation", "modules_to_not_convert", "rank_multiple", "dataset",
+    "tokenizer", "num_samples", "sequence_length", "batch_size", "seed", "solver", "num_iterations", "self_contained",
+)  # fmt: skip
+
+
+def config_of(args: Namespace) -> Any:
+    """The `PGSVDConfig` that the arguments describe."""
+    from ..config import PGSVDConfig
+    from ..errors import ConfigError
+
+    groups = {}
+    for glob, budget in args.group:
+        field, _, value = budget.partition("=")
+        try:
+            groups[glob] = {field: float(value)}
+        except ValueError:
+            raise ConfigError(f"--group {glob} {budget}: write tolerance=0.3 or parameter_reduction=0.2") from None
+    ranks = None
+    if args.ranks:
+        with open(args.ranks, encoding="utf-8") as file:
+            ranks = json.load(file)
+    fields = {name: getattr(args, name) for name in CONFIG_FIELDS if hasattr(args, name)}
+    return PGSVDConfig(ranks=ranks, groups=groups, **fields)
+
+
+def load_model(args: Namespace, config: Any = None) -> Any:
+    """The model as the class its checkpoint names; compressed while it loads where a config is given."""
+    import transformers
+
+    options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    names = transformers.AutoConfig.from_pretrained(args.model, **options).architectures or [""]
+    model_class = getattr(transformers, names[0], transformers.AutoModel)
+    if args.trust_remote_code:
+        model_class = transformers.AutoModelForCausalLM
+    return model_class.from_pretrained(args.model, dtype=args.dtype, quantization_config=config, **options)
+
+
+class _Command(BaseOptimumCLICommand):
+    """A command whose user errors are a message and exit status 2, not a traceback."""
+
+    def run(self) -> None:
+        """Run, and turn errors a user can act on into a message."""
+        from ..errors import PGSVDError
+
+        try:
+            self.work(self.args)
+        except (PGSVDError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    def work(self, args: Any) -> None:
+        """What the command does."""
+        raise NotImplementedError
+
+
+class CompressCommand(_Command):
+    """`optimum-cli pgsvd compress`."""
+
+    COMMAND = CommandInfo(name="compress", help="Compress a model and save it.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the arguments."""
+        add_model_arguments(parser)
+        add_calibration_arguments(parser)
+        parser.add_argument("-o", "--output", required=True, help="folder for the compressed model")
+        parser.add_argument("--overwrite", action="store_true", help="replace an output folder that is not empty")
+        parser.add_argument("--max-shard-size", default="5GB", help="size of the largest weight file (default 5GB)")
+        parser.add_argument(
+            "--self-contained", action="store_true", help="ship the loading code, for trust_remote_code=True"
+        )
+        parser.add_argument("--push-to-hub", metavar="USER/NAME", help="also push the compressed model to the Hub")
+        parser.add_argument("--private", action="store_true", help="make the pushed repository private")
+
+    def work(self, args: Any) -> None:
+        """Compress on load, save, and push if asked to."""
+        from ..checkpoint import new_folder
+
+        config = config_of(args)
+        with new_folder(args.output, args.overwrite) as folder:
+            model = load_model(args, config)
+            model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        print(model.pgsvd_report)
+        print(f"saved in {args.output}")
+        if args.push_to_hub:
+            model.push_to_hub(args.push_to_hub, private=args.private or None, max_shard_size=args.max_shard_size)
+            print(f"pushed to {args.push_to_hub}")
+
+
+class PlanCommand(_Command):
+    """`optimum-cli pgsvd plan`."""
+
+    COMMAND = CommandInfo(name="plan", help="Show the ranks and sizes a budget gives, without compressing.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the arguments."""
+        add_model_arguments(parser)
+        parser.add_argument("--json", metavar="FILE", help="also write the plan as JSON")
+
+    def work(self, args: Any) -> None:
+        """Load the dense model and print the plan."""
+        from ..compressor import PGSVDCompressor
+
+        report = PGSVDCompressor(config_of(args)).plan(load_model(args))
+        if args.json:
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump(report.to_dict(), file, indent=2)
+        print(report)
+
+
+class InspectCommand(_Command):
+    """`optimum-cli pgsvd inspect`."""
+
+    COMMAND = CommandInfo(name="inspect", help="Show what a compressed checkpoint holds, without loading it.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.add_argument("source", help="folder or Hub name of a compressed model")
+        parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+
+    def work(self, args: Any) -> None:
+        """Print the ranks in the checkpoint and, where it has one, its report."""
+        from ..checkpoint import read_contents
+
+        contents = read_contents(args.source, **({"revision": args.revision} if args.revision else {}))
+        if contents.report is not None:
+            print(contents.report)
+        else:
+            for name, (out_features, rank, in_features) in contents.factors.items():
+                print(f"{name}: {out_features} × {in_features}, rank {rank}")
+        dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in contents.dtypes.items() if count)
+        print(f"{len(contents.factors)} low-rank layers; {contents.parameters:,} parameters in the files: {dtypes}")
+
+
+class PGSVDCommand(BaseOptimumCLICommand):
+    """`optimum-cli pgsvd`."""
+
+    COMMAND = CommandInfo(name="pgsvd", help="Activation-aware low-rank compression (PGSVD).")
+    SUBCOMMANDS = (
+        CommandInfo(name="compress", help=CompressCommand.COMMAND.help, subcommand_class=CompressCommand),
+        CommandInfo(name="plan", help=PlanCommand.COMMAND.help, subcommand_class=PlanCommand),
+        CommandInfo(name="inspect", help=InspectCommand.COMMAND.help, subcommand_class=InspectCommand),
+    )
