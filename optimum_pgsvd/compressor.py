@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .calibration import load_calibration_set
 from .config import PGSVDConfig
 from .factoring import Clock, factor, refuse_offloaded
-from .planning import dense_weight, plan_ranks
+from .planning import check_request, plan_ranks
 from .replace import mark_compressed
 from .report import CompressionReport, ModelSize, environment
 from .saving import attach_artifacts
@@ -68,14 +68,11 @@ class PGSVDCompressor(OptimumQuantizer):
         before = ModelSize.of(model)
         refuse_offloaded(model)
         targets = find_targets(model, self.config)
+        check_request(model, targets, self.config)
+        with clock("data"):
+            batches = load_calibration_set(model, self.config, tokenizer) if self.config.needs_dataset else []
         with clock("plan"):
             plan = plan_ranks(model, targets, self.config)
-        for name in plan.ranks:
-            dense_weight(model, name)
-        batches = []
-        if plan.ranks and self.config.needs_dataset:
-            with clock("data"):
-                batches = load_calibration_set(model, self.config, tokenizer)
         layers, notes = factor(model, targets, plan, batches, self.config, clock)
         result = mark_compressed(model, self.config)
         report = CompressionReport(

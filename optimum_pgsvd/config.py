@@ -110,11 +110,6 @@ class PGSVDConfig(LowRankConfig):
         return self.format_version is not None
 
     @property
-    def budget(self) -> Budget | None:
-        """The budget of the layers outside `groups`; `None` where `ranks` are given."""
-        return None if self.ranks is not None else Budget(self.parameter_reduction, self.tolerance)
-
-    @property
     def group_budgets(self) -> dict[str, Budget]:
         """The budget of each glob of `groups`."""
         return {glob: Budget(**budget) for glob, budget in self.groups.items()}

@@ -40,7 +40,7 @@ class _LazyProduct(Tensor):
         lazy._is_hf_initialized = True  # models that initialise missing weights by name leave this one alone
         return lazy
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"left @ right of {self.layer}"
 
     @classmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .allocation import ALLOCATIONS
+from .allocation import ALLOCATIONS, Ladder, smallest
 from .config import PGSVDConfig
 from .errors import NonFiniteError
 from .linalg import singular_values
@@ -35,28 +35,53 @@ def plan_ranks(model: nn.Module, targets: Targets, config: PGSVDConfig) -> RankP
     """
     if config.ranks is not None:
         return given_ranks(targets.shapes, config.ranks)
-    groups: dict[str, dict[str, LinearShape]] = {}
-    for name, shape in targets.shapes.items():
-        groups.setdefault(first_match(name, config.groups) or "", {})[name] = shape
+    groups = budget_groups(targets, config)
     needs_profiles = ALLOCATIONS.trait(config.allocation, "needs_profiles")
     profiles = measure_profiles(model, targets) if needs_profiles else {}
-    budgets = config.group_budgets
-    plans = (
-        allocate_group(glob, shapes, profiles, budgets.get(glob) or config.budget, config)
-        for glob, shapes in groups.items()
-    )
+    plans = (allocate_group(glob, shapes, profiles, budget, config) for glob, (shapes, budget) in groups.items())
     return RankPlan.merge(plans, order=targets.names)
+
+
+def check_request(model: nn.Module, targets: Targets, config: PGSVDConfig) -> None:
+    """Find what is wrong with a request before any decomposition is made or data is read.
+
+    Raises:
+        ConfigError: a budget is below the smallest ranks, or a given rank does not fit its layer.
+        NonFiniteError: a weight holds NaN or infinity.
+    """
+    if config.ranks is not None:
+        given_ranks(targets.shapes, config.ranks)
+    else:
+        budget_groups(targets, config)
+    for name in targets.names:
+        dense_weight(model, name)
+
+
+def budget_groups(targets: Targets, config: PGSVDConfig) -> dict[str, tuple[dict[str, LinearShape], Budget]]:
+    """The layers under each budget, by glob, "" for the main one, in model order.
+
+    Raises:
+        ConfigError: a budget is below the smallest ranks.
+    """
+    shapes: dict[str, dict[str, LinearShape]] = {}
+    for name, shape in targets.shapes.items():
+        shapes.setdefault(first_match(name, config.groups) or "", {})[name] = shape
+    budgets = {"": Budget(config.parameter_reduction, config.tolerance), **config.group_budgets}
+    for glob, group in shapes.items():
+        reduction = budgets[glob].parameter_reduction
+        if reduction is not None:
+            smallest({name: Ladder.of(shape, config.rank_multiple) for name, shape in group.items()}, reduction)
+    return {glob: (group, budgets[glob]) for glob, group in shapes.items()}
 
 
 def allocate_group(
     glob: str,
     shapes: Mapping[str, LinearShape],
     profiles: Mapping[str, SVDProfile],
-    budget: Budget | None,
+    budget: Budget,
     config: PGSVDConfig,
 ) -> RankPlan:
     """The plan of the layers under one budget."""
-    assert budget is not None
     plan = ALLOCATIONS[config.allocation](shapes, profiles, budget, config.rank_multiple)
     return RankPlan(
         {

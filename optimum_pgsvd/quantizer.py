@@ -44,10 +44,11 @@ class PGSVDQuantizer(LowRankQuantizer):
         if self.pre_quantized:
             attach_artifacts(model, load_report(model.name_or_path))
             return model
-        for name in ("quantization_config",):
-            delattr(model.config, name)
+        del model.config.quantization_config
         model.is_quantized = False
         PGSVDCompressor(self.quantization_config).compress(model)
+        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            spread_again(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
@@ -55,6 +56,15 @@ class PGSVDQuantizer(LowRankQuantizer):
 
         detach_artifacts(model)
         return super()._dequantize(model, dtype=dtype)
+
+
+def spread_again(model: Any) -> None:
+    """Put the new layers of a model on several devices under accelerate's care as the old ones were."""
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_submodules
+
+    remove_hook_from_submodules(model)
+    dispatch_model(model, model.hf_device_map, skip_keys=model._skip_keys_device_placement)
 
 
 def register() -> None:

@@ -5,7 +5,8 @@ the rank multiple, and returns a `RankPlan`.
 """
 
 from . import pareto, uniform  # noqa: F401  (registers them)
+from .ladder import Ladder, smallest
 from .registry import ALLOCATIONS, Allocator
 
 
-__all__ = ["ALLOCATIONS", "Allocator"]
+__all__ = ["ALLOCATIONS", "Allocator", "Ladder", "smallest"]

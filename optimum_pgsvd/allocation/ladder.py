@@ -35,6 +35,24 @@ def parameter_budget(shapes: Mapping[str, LinearShape], parameter_reduction: flo
     return math.floor((1 - parameter_reduction) * dense * (1 + 1e-12))
 
 
+def smallest(ladders: Mapping[str, Ladder], parameter_reduction: float) -> int:
+    """Parameters kept on the lowest rungs.
+
+    Raises:
+        ConfigError: they are more than the budget allows.
+    """
+    shapes = {name: ladder.shape for name, ladder in ladders.items()}
+    kept = sum(ladder.shape.parameters(ladder.ranks[0]) for ladder in ladders.values())
+    if kept > parameter_budget(shapes, parameter_reduction):
+        dense = sum(shape.dense_parameters for shape in shapes.values())
+        raise ConfigError(
+            f"parameter_reduction={parameter_reduction} cannot be met: the smallest ranks of these {len(ladders)} "
+            f"layers keep {kept} of {dense} parameters, a reduction of {1 - kept / dense:.4f}; lower it, or lower "
+            "rank_multiple"
+        )
+    return kept
+
+
 def climb(
     ladders: Mapping[str, Ladder], threshold: Callable[[str, int], float], parameter_reduction: float
 ) -> tuple[dict[str, int | None], float]:
@@ -56,14 +74,7 @@ def climb(
         ConfigError: even the lowest rungs cost more than the budget.
     """
     budget = parameter_budget({name: ladder.shape for name, ladder in ladders.items()}, parameter_reduction)
-    kept = sum(ladder.shape.parameters(ladder.ranks[0]) for ladder in ladders.values())
-    if kept > budget:
-        dense = sum(ladder.shape.dense_parameters for ladder in ladders.values())
-        raise ConfigError(
-            f"parameter_reduction={parameter_reduction} cannot be met: the smallest ranks of these {len(ladders)} "
-            f"layers keep {kept} of {dense} parameters, a reduction of {1 - kept / dense:.4f}; lower it, or lower "
-            "rank_multiple"
-        )
+    kept = smallest(ladders, parameter_reduction)
     rung = dict.fromkeys(ladders, 0)
     steps = [
         (-threshold(name, j), order, j, name)
