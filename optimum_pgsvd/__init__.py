@@ -1,13 +1,13 @@
 """Activation-aware low-rank compression of transformers models (PGSVD, arXiv 2510.05544).
 
 Importing the package registers it with transformers, now or when transformers is imported, and imports neither torch
-nor transformers itself; the public names are loaded on first use.
+nor transformers itself; the public names are loaded on first use, which registers it too where `PGSVD_AUTOLOAD=0`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .autoload import autoload
+from .autoload import autoload, entry_point
 from .version import __version__
 
 
@@ -72,4 +72,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-autoload()
+entry_point()

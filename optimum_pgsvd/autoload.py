@@ -2,8 +2,8 @@
 
 PyTorch calls `autoload` at the end of `import torch` through the entry point group `torch.backends`. It imports
 neither torch nor transformers: it leaves a finder that waits for transformers' own import and registers the quantizer
-right after it. `import optimum_pgsvd` calls it too. `PGSVD_AUTOLOAD=0` or `TORCH_DEVICE_BACKEND_AUTOLOAD=0` switches
-the entry point off.
+right after it. `import optimum_pgsvd` does the same. `PGSVD_AUTOLOAD=0` switches both off, and
+`TORCH_DEVICE_BACKEND_AUTOLOAD=0` PyTorch's call; using a public name of the package registers in any case.
 """
 
 from __future__ import annotations
@@ -85,6 +85,6 @@ def autoload() -> None:
 
 
 def entry_point() -> None:
-    """What PyTorch calls; obeys `PGSVD_AUTOLOAD=0`."""
+    """What PyTorch and the package's own import call; obeys `PGSVD_AUTOLOAD=0`."""
     if os.environ.get("PGSVD_AUTOLOAD", "1") != "0":
         autoload()

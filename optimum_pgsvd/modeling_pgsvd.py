@@ -176,19 +176,19 @@ class LowRankQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model):
-        """The state to save, with the ranks brought up to date and the tripwire added.
+        """The state to save, with the ranks brought up to date and a tripwire for every layer.
 
-        The tripwire is an empty tensor under the name of the first layer's dense weight. Where this code is not
-        registered, transformers would build the dense model and leave its compressed layers at random; the tripwire's
-        shape makes it raise instead.
+        A tripwire is a one-element tensor under the name of a layer's dense weight. Where this code is not registered,
+        or is not asked because one tower is loaded by a config of its own, transformers would build dense layers and
+        leave them at random; the tripwire's shape makes it raise instead.
         """
         layers = low_rank_layers(model)
         names = checkpoint_names(model, layers)
         self.quantization_config.ranks = {names[name]: layer.rank for name, layer in layers.items()}
         state = model.state_dict()
-        for name in list(layers)[:1]:
-            state[f"{name}.weight"] = torch.zeros(0)
-        return state, {"quant_method": QUANT_METHOD, "format_version": str(FORMAT_VERSION)}
+        for name, layer in layers.items():
+            state[f"{name}.weight"] = torch.zeros(1, dtype=layer.left.weight.dtype)
+        return state, {}
 
     def _dequantize(self, model, dtype=None):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype

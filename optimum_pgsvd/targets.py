@@ -117,7 +117,7 @@ def find_targets(model: nn.Module, config: PGSVDConfig) -> Targets:
 
     Raises:
         UnsupportedModelError: nothing is left to compress, or the model is compressed or quantized already.
-        ConfigError: a pattern matches no linear layer.
+        ConfigError: a pattern matches no layer to compress, or, in `modules_to_not_convert`, nothing at all.
     """
     _refuse_compressed(model)
     blocks = find_blocks(model)
@@ -139,13 +139,12 @@ def find_targets(model: nn.Module, config: PGSVDConfig) -> Targets:
             skipped[name] = "outside the repeated blocks"
         else:
             found.append(Target(name, weight_shape(module), block))
-    linears = [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)]
-    for field, patterns in (
-        ("modules_to_not_convert", config.modules_to_not_convert),
-        ("ranks", config.ranks or ()),
-        ("groups", config.groups),
+    names = [target.name for target in found]
+    for field, patterns, candidates in (
+        ("modules_to_not_convert", config.modules_to_not_convert, [*names, *skipped]),
+        ("ranks", config.ranks or (), names),
+        ("groups", config.groups, names),
     ):
-        candidates = linears if field == "modules_to_not_convert" else [target.name for target in found]
         _check_patterns(field, patterns, candidates, skipped)
     if not found:
         raise UnsupportedModelError(

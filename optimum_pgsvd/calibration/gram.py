@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteError
+from .version import version
 
 
 class InputObserver:
@@ -54,26 +55,36 @@ class InputSurvey(InputObserver):
     def __init__(self, layers: Mapping[str, nn.Module], rows: Callable[[Tensor], Tensor]):
         super().__init__(layers, rows)
         self.tokens = dict.fromkeys(layers, 0)
-        self.leaders: dict[str, str] = {}
-        self._last: tuple[Tensor | None, str] = (None, "")
+        self._inputs: dict[str, list[int]] = {name: [] for name in layers}
+        self._last: tuple[Tensor | None, int] = (None, 0)
+        self._number = 0
+
+    @property
+    def leaders(self) -> dict[str, str]:
+        """For each layer the first that was fed the very same tensors."""
+        first: dict[tuple[int, ...], str] = {}
+        return {name: first.setdefault(tuple(inputs), name) for name, inputs in self._inputs.items()}
 
     def see(self, name: str, x: Tensor) -> None:
         """Count, compare with the tensor seen last, and check."""
-        tensor, leader = self._last
-        leader = leader if tensor is x else name
-        self._last = (x, leader)
-        if self.leaders.setdefault(name, leader) != leader:
-            self.leaders[name] = name  # once fed apart, never shared
-        self.tokens[name] += self.rows(x).shape[0]
-        if leader == name and not self.rows(x).isfinite().all():
+        rows = self.rows(x)
+        if self._last[0] is not x or self._last[1] != version(x):
+            self._last = (x, version(x))
+            self._number += 1
+            self._check(name, rows)
+        self._inputs[name].append(self._number)
+        self.tokens[name] += rows.shape[0]
+
+    def _check(self, name: str, rows: Tensor) -> None:
+        if not precise(rows).square().sum().isfinite():
             raise NonFiniteError(
-                f"the inputs of {name} hold NaN or infinity on the calibration set; run the model in float32 or "
-                "bfloat16, or check the checkpoint and the calibration data"
+                f"the inputs of {name} hold NaN or infinity on the calibration set, or numbers too large to square; "
+                "run the model in float32 or bfloat16, or check the checkpoint and the calibration data"
             )
 
     def __exit__(self, *exception) -> None:
         super().__exit__(*exception)
-        self._last = (None, "")
+        self._last = (None, 0)
 
 
 class GramRecorder(InputObserver):
@@ -82,7 +93,7 @@ class GramRecorder(InputObserver):
     Args:
         layers: linear layers by name.
         rows: as for `InputObserver`.
-        leaders: for layers that share their input, the one whose matrix serves them all.
+        leaders: layers of one leader share their input, and the first of them keeps the matrix for all.
     """
 
     def __init__(
@@ -92,7 +103,8 @@ class GramRecorder(InputObserver):
         leaders: Mapping[str, str] | None = None,
     ):
         super().__init__(layers, rows)
-        self.leaders = {name: (leaders or {}).get(name, name) for name in layers}
+        first: dict[str, str] = {}
+        self.leaders = {name: first.setdefault((leaders or {}).get(name, name), name) for name in layers}
         self._grams: dict[str, Tensor] = {}
 
     def see(self, name: str, x: Tensor) -> None:
@@ -101,10 +113,14 @@ class GramRecorder(InputObserver):
             return
         if name not in self._grams:
             self._grams[name] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-        rows = self.rows(x)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = precise(self.rows(x))
         self._grams[name] += rows.T @ rows
 
     def gram(self, name: str) -> Tensor:
         """`G (n, n)` float64 of a layer's inputs."""
         return self._grams[self.leaders[name]]
+
+
+def precise(rows: Tensor) -> Tensor:
+    """In float32 or better, as products are summed within a batch."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
 from transformers.utils import logging
 
 from ..errors import CalibrationError, PGSVDError
 from .padding import PaddingMask
+from .version import version
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ class _Call:
 class BlockWalk:
     """Runs a model block by block on a calibration set.
 
-    `capture` runs the dense model once and keeps, for each block, the arguments it was called with; a block's input
-    that is the output of an earlier block is kept as a link to it. `run` then runs one block on all batches, in the
-    order of `blocks`, and hands its outputs on. Between two calls of `run` only the activations that later blocks need
-    are held: one hidden state a batch, and what the model computes once and shares among its blocks, such as masks.
+    `capture` runs the dense model once and keeps, for each block, the arguments it was called with: a link where one
+    is the output of an earlier block, else a copy, as the model may change it in place. `run` then runs one block on
+    all batches, in the order of `blocks`, and hands its outputs on. Between two calls of `run` only the activations
+    that later blocks need are held: one hidden state a batch, and what the model computes once and shares among its
+    blocks, such as masks.
 
     Args:
         model: in evaluation mode; not changed.
@@ -107,7 +110,9 @@ class _Capture(AbstractContextManager):
     def __init__(self, walk: BlockWalk):
         self.walk = walk
         self.calls: list[_Call] = []
-        self._producers: dict[int, tuple[_Output, Tensor]] = {}  # holds the tensors, so that their ids stay theirs
+        # By tensor, for as long as the model holds it: its version, and where it came from or what was copied of it.
+        self._producers: MutableMapping[Tensor, tuple[int, _Output]] = WeakTensorKeyDictionary()
+        self._copies: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()
         self._hooks = ExitStack()
 
     def __enter__(self) -> _Capture:
@@ -133,19 +138,33 @@ class _Capture(AbstractContextManager):
 
     def _after(self, module: nn.Module, args: tuple, result: Any) -> None:
         for leaf, value in enumerate(pytree.tree_leaves(result)):
-            if isinstance(value, Tensor):  # blocks do not nest: the last call is the one that returns
-                self._producers.setdefault(id(value), (_Output(len(self.calls) - 1, leaf), value))
+            if isinstance(value, Tensor) and self._producer(value) is None:
+                # blocks do not nest: the last call is the one that returns
+                self._producers[value] = version(value), _Output(len(self.calls) - 1, leaf)
         self.walk.padding.leave_block()
 
     def _link(self, name: str, leaf: Any) -> Any:
         """A link, if the argument is the output of a block that `run` visits no later than this one."""
         if isinstance(leaf, Cache):
             raise CalibrationError(f"{name} was called with a key-value cache; switch use_cache off in the batches")
-        output, _ = self._producers.get(id(leaf), (None, None))
-        if output is None:
+        if not isinstance(leaf, Tensor):
             return leaf
-        stages = self.walk.blocks
-        return output if stages.index(self.calls[output.call].block) <= stages.index(name) else leaf
+        output, stages = self._producer(leaf), self.walk.blocks
+        if output is not None and stages.index(self.calls[output.call].block) <= stages.index(name):
+            return output
+        return self._copy(leaf)
+
+    def _producer(self, tensor: Tensor) -> _Output | None:
+        made, output = self._producers.get(tensor, (None, None))
+        return output if made == version(tensor) else None
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """A copy, one for all calls, but for an expanded tensor, which is small and cannot be written to."""
+        if 0 in tensor.stride():
+            return tensor
+        if self._copies.get(tensor, (None,))[0] != version(tensor):
+            self._copies[tensor] = version(tensor), tensor.clone()
+        return self._copies[tensor][1]
 
 
 def _arguments(call: _Call, outputs: Mapping[_Output, Tensor], device: torch.device) -> tuple[tuple, dict]:

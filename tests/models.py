@@ -1,0 +1,229 @@
+"""Tiny models of many architectures and inputs for them: what every test of the model's structure runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Generator, Tensor, nn
+
+
+Batch = dict[str, Tensor]
+
+VOCABULARY = 100
+PAD, BEGIN, END = 0, 1, 2
+IMAGE_TOKEN = 5
+SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END}
+# Sliding windows are shorter than the sequences, so that the two kinds of mask differ.
+SEQUENCES, TOKENS, TARGET_TOKENS, WINDOW = 4, 20, 10, 8
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Args:
+        name: in test ids.
+        model_class: to build.
+        config: makes its configuration.
+        inputs: draws one batch.
+    """
+
+    name: str
+    model_class: type[hf.PreTrainedModel]
+    config: Callable[[], hf.PreTrainedConfig]
+    inputs: Callable[[Generator], Batch]
+
+    def build(self, seed: int = 0, **changes: Any) -> hf.PreTrainedModel:
+        """A model in evaluation mode; `changes` are made to its config."""
+        config = self.config()
+        for key, value in changes.items():
+            setattr(config, key, value)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = self.model_class(config)
+        scramble(model, generator(seed))
+        return model.eval()
+
+    def batches(self, count: int, seed: int = 0) -> list[Batch]:
+        """Batches of model inputs without padding."""
+        source = generator(seed)
+        return [self.inputs(source) for _ in range(count)]
+
+
+def generator(seed: int) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def scramble(model: nn.Module, source: Generator) -> None:
+    """Make every parameter count: initialised ones are so small, or so equal, that many mistakes would not show."""
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=source)
+        parameter.copy_(noise * 0.2 if parameter.dim() > 1 else parameter + noise * 0.1)
+
+
+def token_ids(source: Generator, rows: int = SEQUENCES, columns: int = TOKENS) -> Tensor:
+    """Ordinary tokens, no special ones among them."""
+    return torch.randint(IMAGE_TOKEN + 1, VOCABULARY, (rows, columns), generator=source)
+
+
+# Inputs
+
+
+def text_inputs(source: Generator) -> Batch:
+    return {"input_ids": token_ids(source)}
+
+
+def text_to_text_inputs(source: Generator) -> Batch:
+    return {"input_ids": token_ids(source), "decoder_input_ids": token_ids(source, columns=TARGET_TOKENS)}
+
+
+def images(source: Generator, count: int = SEQUENCES) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=source)
+
+
+def clip_inputs(source: Generator) -> Batch:
+    return text_inputs(source) | {"pixel_values": images(source)}
+
+
+def llava_inputs(source: Generator) -> Batch:
+    ids = token_ids(source)
+    ids[:, 1:5] = IMAGE_TOKEN
+    return {"input_ids": ids, "pixel_values": images(source)}
+
+
+def whisper_inputs(source: Generator) -> Batch:
+    features = torch.randn(SEQUENCES, 8, 60, generator=source)
+    return {"input_features": features, "decoder_input_ids": token_ids(source, columns=TARGET_TOKENS)}
+
+
+# Configurations
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+POSITIONS = {"max_position_embeddings": 64}
+GROUPED = SPECIAL | SIZES | POSITIONS | {"num_key_value_heads": 2, "head_dim": 8}
+GPT = SPECIAL | {"n_layer": 2, "n_head": 4}
+ENCODER_DECODER = {
+    "d_model": 32,
+    "decoder_start_token_id": BEGIN,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+}
+VISION = SIZES | {"image_size": 16, "patch_size": 8, "projection_dim": 16}
+EXPERTS = {"num_experts_per_tok": 2}
+
+
+def text_family(name: str, model_class: type, config_class: type, **config: Any) -> Family:
+    return Family(name, model_class, lambda: config_class(**config), text_inputs)
+
+
+def clip_config() -> hf.PreTrainedConfig:
+    text = SPECIAL | SIZES | POSITIONS | {"projection_dim": 16}
+    return hf.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)
+
+
+def llava_config() -> hf.PreTrainedConfig:
+    return hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**GROUPED),
+        vision_config=hf.CLIPVisionConfig(**VISION),
+        image_token_index=IMAGE_TOKEN,
+        pad_token_id=PAD,
+    )
+
+
+def whisper_config() -> hf.PreTrainedConfig:
+    sizes = {"num_mel_bins": 8, "max_source_positions": 30, "max_target_positions": 30}
+    return hf.WhisperConfig(**SPECIAL, **ENCODER_DECODER, **sizes)
+
+
+def t5_config() -> hf.PreTrainedConfig:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    return hf.T5Config(**SPECIAL, **sizes, decoder_start_token_id=PAD)
+
+
+def bart_config() -> hf.PreTrainedConfig:
+    return hf.BartConfig(**SPECIAL, **ENCODER_DECODER, **POSITIONS, forced_eos_token_id=None)
+
+
+ALL = (
+    text_family("llama", hf.LlamaForCausalLM, hf.LlamaConfig, **GROUPED),
+    text_family("mistral", hf.MistralForCausalLM, hf.MistralConfig, **GROUPED, sliding_window=WINDOW),
+    text_family("qwen3", hf.Qwen3ForCausalLM, hf.Qwen3Config, **GROUPED),
+    text_family("gemma", hf.GemmaForCausalLM, hf.GemmaConfig, **GROUPED),
+    text_family(
+        "gemma3",
+        hf.Gemma3ForCausalLM,
+        hf.Gemma3TextConfig,
+        **GROUPED,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    text_family("gpt2", hf.GPT2LMHeadModel, hf.GPT2Config, **GPT, n_embd=32, n_positions=64),
+    text_family(
+        "opt",
+        hf.OPTForCausalLM,
+        hf.OPTConfig,
+        **SPECIAL,
+        **POSITIONS,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=16,
+    ),
+    text_family("bert", hf.BertForMaskedLM, hf.BertConfig, **SPECIAL, **SIZES, **POSITIONS),
+    Family("t5", hf.T5ForConditionalGeneration, t5_config, text_to_text_inputs),
+    Family("bart", hf.BartForConditionalGeneration, bart_config, text_to_text_inputs),
+    text_family("mixtral", hf.MixtralForCausalLM, hf.MixtralConfig, **GROUPED, **EXPERTS, num_local_experts=4),
+    text_family(
+        "qwen3_moe",
+        hf.Qwen3MoeForCausalLM,
+        hf.Qwen3MoeConfig,
+        **GROUPED,
+        **EXPERTS,
+        num_experts=4,
+        moe_intermediate_size=16,
+        mlp_only_layers=[0],
+    ),
+    Family("clip", hf.CLIPModel, clip_config, clip_inputs),
+    Family("whisper", hf.WhisperForConditionalGeneration, whisper_config, whisper_inputs),
+    text_family("albert", hf.AlbertModel, hf.AlbertConfig, **SPECIAL, **SIZES, **POSITIONS, embedding_size=16),
+    Family("llava", hf.LlavaForConditionalGeneration, llava_config, llava_inputs),
+    text_family(
+        "deberta_v2",
+        hf.DebertaV2Model,
+        hf.DebertaV2Config,
+        **SPECIAL,
+        **SIZES,
+        **POSITIONS,
+        relative_attention=True,
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=8,
+    ),
+    text_family("bloom", hf.BloomForCausalLM, hf.BloomConfig, **GPT, hidden_size=32),
+    text_family("phi3", hf.Phi3ForCausalLM, hf.Phi3Config, **GROUPED),
+    text_family(
+        "gpt_oss",
+        hf.GptOssForCausalLM,
+        hf.GptOssConfig,
+        **GROUPED,
+        **EXPERTS,
+        num_local_experts=4,
+        sliding_window=WINDOW,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+)
+
+FAMILIES = {family.name: family for family in ALL}
+
+each_family = pytest.mark.parametrize("family", ALL, ids=list(FAMILIES))
