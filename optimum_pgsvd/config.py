@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .allocation import ALLOCATIONS
-from .errors import ConfigError
+from .errors import CalibrationError, ConfigError
 from .modeling_pgsvd import FORMAT_VERSION, QUANT_METHOD, LowRankConfig, check_format
 from .solvers import SOLVERS
 from .structures import Budget
@@ -118,6 +118,14 @@ class PGSVDConfig(LowRankConfig):
     def needs_dataset(self) -> bool:
         """Whether the solver asks for calibration inputs."""
         return SOLVERS.trait(self.solver, "needs_gram")
+
+    def require_dataset(self) -> None:
+        """Raise `CalibrationError` where the solver needs a dataset and there is none."""
+        if self.needs_dataset and self.dataset is None:
+            raise CalibrationError(
+                f"solver={self.solver!r} needs calibration data: give PGSVDConfig(dataset=texts), a file, a Hub "
+                "dataset's name or 'self', or use solver='svd', which needs none"
+            )
 
     def with_ranks(self, ranks: Mapping[str, int]) -> PGSVDConfig:
         """The config of a model compressed to these ranks; this one does not change."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .config import PGSVDConfig
-from .errors import CalibrationError, ConfigError, UnsupportedModelError
+from .errors import ConfigError, UnsupportedModelError
 from .modeling_pgsvd import LowRankQuantizer
 from .modeling_pgsvd import register as register_with_transformers
 
@@ -25,11 +25,7 @@ class PGSVDQuantizer(LowRankQuantizer):
                 "this PGSVDConfig is the result of a compression; to compress a dense model, build a new one with "
                 "parameter_reduction=..., tolerance=... or ranks=..."
             )
-        if config.needs_dataset and config.dataset is None:
-            raise CalibrationError(
-                f"solver={config.solver!r} needs calibration data: give PGSVDConfig(dataset=texts), a file, a Hub "
-                "dataset's name or 'self', or use solver='svd', which needs none"
-            )
+        config.require_dataset()
         devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             raise UnsupportedModelError(

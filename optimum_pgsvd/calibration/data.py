@@ -39,11 +39,7 @@ def load_calibration_set(model: Any, config: PGSVDConfig, tokenizer: Any = None)
         CalibrationError: there is no dataset, it cannot be read, holds nothing, or needs a tokenizer that cannot be
             loaded.
     """
-    if config.dataset is None:
-        raise CalibrationError(
-            f"solver={config.solver!r} needs calibration data: give dataset=texts, a file, a Hub dataset's name or "
-            "'self', or use solver='svd', which needs none"
-        )
+    config.require_dataset()
     length = config.sequence_length or default_length(model)
     if isinstance(config.dataset, str) and config.dataset == "self":
         windows: list[Tensor] = sample_from_model(model, config.num_samples, length, config.batch_size, config.seed)

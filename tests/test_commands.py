@@ -1,0 +1,158 @@
+"""`optimum-cli pgsvd`, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import FAMILIES
+
+from optimum_pgsvd import CheckpointError, CompressionReport
+from optimum_pgsvd.checkpoint import new_folder, read_contents
+
+
+CLI = Path(sys.executable).parent / "optimum-cli"
+
+
+def run(*arguments, expect=0):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([CLI, "pgsvd", *map(str, arguments)], capture_output=True, text=True, env=environment)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("dense")
+    FAMILIES["llama"].build().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, texts):
+    file = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+@pytest.fixture(scope="module")
+def compressed(dense, corpus, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cli") / "out"
+    arguments = ["--parameter-reduction", 0.3, "--group", "*.mlp.*", "tolerance=0.5", "--sequence-length", 32]
+    done = run("compress", "--model", dense, "--dataset", corpus, "--output", output, *arguments)
+    return output, done
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys; from optimum.commands.optimum_cli import main; sys.argv = ['optimum-cli', 'pgsvd', '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("compress", "plan", "inspect"))
+
+
+def test_compress_writes_a_loadable_checkpoint_and_prints_the_report(compressed):
+    output, done = compressed
+    report = CompressionReport.load(output)
+    assert report.summary().splitlines()[0] in done.stdout
+    mlp = [layer for layer in report.layers if ".mlp." in layer.name]
+    assert mlp
+    assert all(layer.tolerance == 0.5 and layer.group == "*.mlp.*" for layer in mlp)
+    contents = read_contents(output)
+    assert {name: factor[1] for name, factor in contents.factors.items()} == {
+        layer.name: layer.rank for layer in report.layers if layer.rank
+    }
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out"]
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_inspect_reads_headers_and_report(compressed):
+    output, _ = compressed
+    printed = run("inspect", output).stdout
+    report = CompressionReport.load(output)
+    assert f"{len(read_contents(output).factors)} low-rank layers" in printed
+    assert all(layer.name in printed for layer in report.layers)
+
+
+def test_plan_writes_json_and_touches_nothing(dense, tmp_path):
+    before = {path: path.read_bytes() for path in dense.iterdir()}
+    run("plan", "--model", dense, "--parameter-reduction", 0.4, "--json", tmp_path / "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert 0.4 <= plan["targets"]["parameter_reduction"] < 0.42
+    assert {path: path.read_bytes() for path in dense.iterdir()} == before
+
+
+def test_ranks_from_a_file(dense, corpus, tmp_path):
+    (tmp_path / "ranks.json").write_text(json.dumps({"*.q_proj": 3}))
+    run("compress", "-m", dense, "--ranks", tmp_path / "ranks.json", "--solver", "svd", "-o", tmp_path / "out")
+    assert set(read_contents(tmp_path / "out").config.ranks.values()) == {3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parameter-reduction", "1.5"], "outside [0, 1)"),
+        (["--parameter-reduction", "0.2", "--tolerance", "0.2"], "exactly one of"),
+        ([], "exactly one of"),
+        (["--parameter-reduction", "0.2", "--solver", "qr"], "known are als, eigh, svd"),
+        (["--parameter-reduction", "0.2", "--group", "*.mlp.*", "half"], "write tolerance=0.3"),
+        (["--parameter-reduction", "0.2", "--solver", "svd", "--modules-to-not-convert", "nothing"], "'nothing' matches no linear layer"),
+        (["--parameter-reduction", "0.2"], "needs calibration data"),
+        (["--parameter-reduction", "0.2", "--dataset", "absent.jsonl"], "absent.jsonl does not exist"),
+    ],
+)
+def test_errors_are_one_line_and_leave_no_output(dense, tmp_path, arguments, message):
+    done = run("compress", "-m", dense, "-o", tmp_path / "out", *arguments, expect=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_folder_is_kept_unless_told_to_overwrite(dense, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    arguments = ["compress", "-m", dense, "-o", tmp_path / "out", "--parameter-reduction", "0.3", "--solver", "svd"]
+    assert "not empty" in run(*arguments, expect=2).stderr
+    assert (tmp_path / "out" / "precious").read_text() == "mine"
+    run(*arguments, "--overwrite")
+    assert not (tmp_path / "out" / "precious").exists()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_new_folder_appears_whole_or_not_at_all(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+
+    def fail():
+        with new_folder(tmp_path / "out", overwrite=True) as folder:
+            Path(folder, "new").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"), new_folder(tmp_path / "file"):
+        pass
+
+
+def test_inspect_names_what_is_wrong(dense, compressed, tmp_path):
+    with pytest.raises(CheckpointError, match="quant_method is None"):
+        read_contents(dense)
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        read_contents(tmp_path)
+    output, _ = compressed
+    config = json.loads((output / "config.json").read_text())
+    name = next(iter(config["quantization_config"]["ranks"]))
+    config["quantization_config"]["ranks"][name] += 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((output / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=f"the config gives {name} rank"):
+        read_contents(tmp_path)

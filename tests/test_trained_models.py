@@ -1,0 +1,112 @@
+"""On trained models: what the method is for. Skipped where PGSVD_DATA is not set."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from optimum_pgsvd import PGSVDCompressor, PGSVDConfig
+from optimum_pgsvd.calibration.data import pack
+
+
+def stories(data_dir):
+    lines = (data_dir / "text" / "tinystories_a.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+@torch.no_grad()
+def perplexity(model, windows):
+    losses = [model(input_ids=batch, labels=batch).loss for batch in windows.split(16)]
+    return math.exp(torch.stack(losses).mean())
+
+
+@pytest.fixture(scope="module")
+def babyllama(data_dir):
+    folder = data_dir / "models" / "babyllama_tok361"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    windows = torch.stack(pack(stories(data_dir)[600:], tokenizer, num_samples=64, length=256))
+    return AutoModelForCausalLM.from_pretrained(folder), tokenizer, windows
+
+
+@pytest.mark.parametrize("reduction", [0.2, 0.4, 0.6])
+def test_pgsvd_beats_als_uniform_beats_plain_svd(babyllama, data_dir, reduction):
+    dense, tokenizer, windows = babyllama
+    found, kept = {}, {}
+    for name, settings in {
+        "svd": {"solver": "svd", "allocation": "uniform"},
+        "als": {"solver": "als", "allocation": "uniform"},
+        "pgsvd": {},
+    }.items():
+        model = copy.deepcopy(dense)
+        config = PGSVDConfig(
+            parameter_reduction=reduction,
+            dataset=stories(data_dir)[:600],
+            num_samples=128,
+            sequence_length=256,
+            **settings,
+        )
+        report = PGSVDCompressor(config).compress(model, tokenizer=tokenizer)
+        assert report.calibration["tokens"] == (0 if name == "svd" else 32768)
+        found[name], kept[name] = perplexity(model, windows), report.parameters_after
+    # Equal budgets: all three within one rank step, at most 128 + 352 parameters, of the same count.
+    assert max(kept.values()) - min(kept.values()) <= 480
+    assert perplexity(dense, windows) < found["pgsvd"] < found["als"] < found["svd"]
+
+
+def test_sampling_from_the_model_needs_no_text_and_beats_plain_svd(babyllama):
+    dense, _, windows = babyllama
+    found = {}
+    for name, settings in {"self": {"dataset": "self"}, "svd": {"solver": "svd"}}.items():
+        model = copy.deepcopy(dense)
+        config = PGSVDConfig(parameter_reduction=0.4, num_samples=32, sequence_length=256, **settings)
+        PGSVDCompressor(config).compress(model)
+        found[name] = perplexity(model, windows)
+    assert found["self"] < found["svd"]
+
+
+def test_encoder_decoder_keeps_pronouncing(data_dir):
+    """Activations matter at heavy compression: plain SVD pronounces nothing any more where PGSVD still does."""
+    lines = (data_dir / "tasks" / "g2p_us_gold.jsonl").read_text(encoding="utf-8").splitlines()
+    words = [json.loads(line) for line in lines]
+    calibration, held_out = padded_batches(words[:1000]), words[2000:2200]
+    dense = AutoModelForSeq2SeqLM.from_pretrained(data_dir / "models" / "g2p_bart_us")
+    accuracy = {"dense": whole_words(dense, held_out)}
+    for name, reduction, settings in (
+        ("pgsvd light", 0.2, {"dataset": calibration}),
+        ("pgsvd heavy", 0.6, {"dataset": calibration}),
+        ("svd heavy", 0.6, {"solver": "svd"}),
+    ):
+        model = copy.deepcopy(dense)
+        config = PGSVDConfig(parameter_reduction=reduction, num_samples=len(calibration), **settings)
+        PGSVDCompressor(config).compress(model)
+        accuracy[name] = whole_words(model, held_out)
+    assert accuracy["pgsvd light"] > 0.9 * accuracy["dense"] > 0.5
+    assert accuracy["pgsvd heavy"] > accuracy["svd heavy"] + 0.1
+
+
+def padded(rows, value):
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
+
+
+def padded_batches(words, size=100):
+    """Spelling in, pronunciation out, padded; -100 marks the padding of labels."""
+    batches = []
+    for start in range(0, len(words), size):
+        chosen = words[start : start + size]
+        ids = padded([word["input_ids"] for word in chosen], 0)
+        labels = padded([word["labels"] for word in chosen], -100)
+        batches.append({"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels})
+    return batches
+
+
+@torch.no_grad()
+def whole_words(model, words):
+    """Share of words whose greedy pronunciation is right to the last phoneme."""
+    right = 0
+    for word in words:
+        out = model.generate(torch.tensor([word["input_ids"]]), max_new_tokens=40, do_sample=False, num_beams=1)[0]
+        right += [t for t in out.tolist() if t not in (0, 1, 2)] == [t for t in word["labels"] if t not in (0, 1, 2)]
+    return right / len(words)
