@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .report import CompressionReport
 
 
 # A card that holds this line is ours to rewrite; one without it is its author's.
 MARKER = "<!-- Written by optimum-pgsvd. Remove this line to keep your edits when the model is saved again. -->"
+CARD_NAME = "README.md"
 
 PIPELINE_TAGS = {
     "ForCausalLM": "text-generation",
@@ -37,34 +40,39 @@ def model_card(model: Any, report: CompressionReport, name: str = "path/or/user/
     Returns:
         The card; its metadata names the base model only where that is a name on the Hub.
     """
-    base = base_model(model)
+    base = getattr(report, "base_model", base_model(model))
     pipeline = next((tag for end, tag in PIPELINE_TAGS.items() if type(model).__name__.endswith(end)), None)
     data = ModelCardData(
         library_name="transformers",
         base_model=base,
         base_model_relation="quantized" if base else None,
         pipeline_tag=pipeline,
-        tags=["pgsvd", "low-rank", "compressed"],
+        tags=["pgsvd", "low-rank", "compressed", *(model.model_tags or [])],
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARKER}\n\n{body(model, report, name, base)}")
 
 
 def base_model(model: Any) -> str | None:
-    """Name on the Hub of the model that was compressed; a local path is nobody else's business."""
+    """Name on the Hub of the model that was compressed; a local path is nobody else's business.
+
+    A name without a user, as in `"gpt2"`, could be a folder that is gone, so that it counts only if the Hub's cache
+    knows it.
+    """
     name = str(getattr(model, "name_or_path", "") or "")
-    return name if name.count("/") == 1 and not os.path.exists(name) and not os.path.isabs(name) else None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    known = "/" in name or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    return name if known and not os.path.exists(name) else None
 
 
 def body(model: Any, report: CompressionReport, name: str, base: str | None) -> str:
     """The text of the card."""
     config = report.config
-    request = next(
-        f"{key} = {config[key]}"
-        for key in ("parameter_reduction", "tolerance", "ranks")
-        if config.get(key) is not None
-    )
     source = f"[{base}](https://huggingface.co/{base})" if base else f"a `{type(model).__name__}`"
     before, after = report.model_before, report.model_after
+    version = report.environment.get("optimum_pgsvd", "")
     factored = sum(layer.rank is not None for layer in report.layers)
     errors = [layer.activation_error for layer in report.layers if layer.activation_error]
     measured = (
@@ -76,9 +84,8 @@ def body(model: Any, report: CompressionReport, name: str, base: str | None) -> 
 
 {factored} of {len(report.layers)} attention and MLP linear layers are replaced by two smaller ones, `left(right(x))`;
 {len(report.layers) - factored} were left dense. Made with
-[optimum-pgsvd](https://pypi.org/project/optimum-pgsvd/) {report.environment.get("optimum_pgsvd", "")}: {request},
-allocation `{config["allocation"]}`, solver `{config["solver"]}`, calibrated on {report.calibration.get("tokens", 0):,}
-tokens of `{config.get("dataset")}`.
+[optimum-pgsvd](https://pypi.org/project/optimum-pgsvd/) {version}: {request(config)},
+solver `{config["solver"]}`, {calibration(report)}.
 
 | | before | after |
 |---|---:|---:|
@@ -102,6 +109,21 @@ The package need not be imported, only installed. {self_contained(config)}
 Method: R. Solgi et al., "Activation-Informed Pareto-Guided Low-Rank Compression for Efficient LLM/VLM",
 arXiv 2510.05544.
 """
+
+
+def request(config: Mapping[str, Any]) -> str:
+    """The budget and how it was shared out."""
+    if config.get("ranks") is not None:
+        return "ranks given layer by layer"
+    key = "parameter_reduction" if config.get("parameter_reduction") is not None else "tolerance"
+    groups = ", with budgets of their own for some layers" if config.get("groups") else ""
+    return f"`{key} = {config[key]}`{groups}, allocation `{config['allocation']}`"
+
+
+def calibration(report: CompressionReport) -> str:
+    """What the factors were fitted on."""
+    tokens = report.calibration.get("tokens", 0)
+    return f"calibrated on {tokens:,} tokens of `{report.config.get('dataset')}`" if tokens else "without calibration"
 
 
 def auto_class(model: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .allocation import ALLOCATIONS
@@ -16,6 +16,8 @@ from .structures import Budget
 
 
 BUDGETS = ("parameter_reduction", "tolerance", "ranks")
+DATASETS = (str, os.PathLike, Iterable)
+FILES = (".txt", ".jsonl", ".json", ".parquet")
 
 
 class PGSVDConfig(LowRankConfig):
@@ -52,6 +54,7 @@ class PGSVDConfig(LowRankConfig):
         format_version: set in the config of a compressed model, whose `ranks` are the result, by the name of each
             layer in the checkpoint; the other fields are then a record of how it was made.
         quant_method: always `"pgsvd"`.
+        record: fields of a newer version in the config of a compressed model, kept as they are.
 
     Raises:
         ConfigError: a field is unknown or out of range.
@@ -82,16 +85,18 @@ class PGSVDConfig(LowRankConfig):
         self_contained: bool = False,
         format_version: int | None = None,
         quant_method: str = QUANT_METHOD,
-        **unknown: Any,
+        **record: Any,
     ):
         self.quant_method = quant_method
         self.parameter_reduction = parameter_reduction
         self.tolerance = tolerance
-        self.ranks: dict[str, int] | None = dict(ranks) if ranks is not None else None
+        self.ranks: dict[str, int] | None = mapping("ranks", ranks) if ranks is not None else None
         self.allocation = allocation
         self.solver = solver
         self.num_iterations = num_iterations
-        self.groups = {glob: dict(budget) for glob, budget in groups.items()} if groups else {}
+        self.groups = {glob: mapping(f"groups[{glob!r}]", b) for glob, b in mapping("groups", groups or {}).items()}
+        if isinstance(modules_to_not_convert, str):
+            raise ConfigError(f"modules_to_not_convert={modules_to_not_convert!r} must be a list of names or globs")
         self.modules_to_not_convert = list(modules_to_not_convert or [])
         self.rank_multiple = rank_multiple
         self.dataset = dataset
@@ -102,7 +107,8 @@ class PGSVDConfig(LowRankConfig):
         self.seed = seed
         self.self_contained = self_contained
         self.format_version = format_version
-        self._validate(unknown)
+        self.record = record
+        self._validate()
 
     @property
     def is_result(self) -> bool:
@@ -112,7 +118,7 @@ class PGSVDConfig(LowRankConfig):
     @property
     def group_budgets(self) -> dict[str, Budget]:
         """The budget of each glob of `groups`."""
-        return {glob: Budget(**budget) for glob, budget in self.groups.items()}
+        return {glob: group_budget(glob, budget) for glob, budget in self.groups.items()}
 
     @property
     def needs_dataset(self) -> bool:
@@ -139,8 +145,9 @@ class PGSVDConfig(LowRankConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON can hold it; a dataset or tokenizer object is described, not stored."""
-        fields = {key: value for key, value in vars(self).items() if key not in ("dataset", "tokenizer")}
-        return copy.deepcopy(fields) | {"dataset": describe(self.dataset), "tokenizer": describe(self.tokenizer)}
+        fields = {key: value for key, value in vars(self).items() if key not in ("dataset", "tokenizer", "record")}
+        described = {"dataset": describe(self.dataset), "tokenizer": describe(self.tokenizer)}
+        return copy.deepcopy({**self.record, **fields, **described})
 
     def __iter__(self):
         yield from self.to_dict().items()
@@ -157,31 +164,49 @@ class PGSVDConfig(LowRankConfig):
         """`to_dict()` as JSON."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
-    def _validate(self, unknown: dict[str, Any]) -> None:
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PGSVDConfig) and self.to_dict() == other.to_dict() and self.dataset is other.dataset
+
+    def _validate(self) -> None:
         if self.quant_method != QUANT_METHOD:
             raise ConfigError(f"quant_method={self.quant_method!r} is not {QUANT_METHOD!r}")
-        if self.format_version is not None:
-            check_format(self.format_version)
-        if unknown:
-            raise ConfigError(
-                f"unknown fields {', '.join(sorted(unknown))}; known are {', '.join(sorted(vars(self)))}"
-            )
-        self._validate_budget()
+        if self.is_result:
+            self._validate_result()
+        else:
+            self._validate_request()
+
+    def _validate_result(self) -> None:
+        """Loading reads the ranks and the format; the rest is a record, possibly of a newer version's fields."""
+        at_least_one("format_version", self.format_version)
+        check_format(self.format_version or 0)
+        if self.ranks is None:
+            raise ConfigError("the config of a compressed model has no ranks; its config.json is damaged")
+        for name, rank in self.ranks.items():
+            at_least_one(f"ranks[{name!r}]", rank)
+
+    def _validate_request(self) -> None:
+        if self.record:
+            known = sorted(set(vars(self)) - {"record"})
+            raise ConfigError(f"unknown fields {', '.join(sorted(self.record))}; known are {', '.join(known)}")
         ALLOCATIONS.check(self.allocation)
         SOLVERS.check(self.solver)
-        if self.allocation == "uniform" and self.tolerance is not None:
-            raise ConfigError("allocation='uniform' takes parameter_reduction, not tolerance; use allocation='pareto'")
         for name in ("num_iterations", "rank_multiple", "num_samples", "batch_size"):
             at_least_one(name, getattr(self, name))
         if self.sequence_length is not None:
             at_least_one("sequence_length", self.sequence_length)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ConfigError(f"seed={self.seed!r} must be an integer")
+        if not isinstance(self.self_contained, bool):
+            raise ConfigError(f"self_contained={self.self_contained!r} must be True or False")
+        if isinstance(self.dataset, Mapping) or not (self.dataset is None or isinstance(self.dataset, DATASETS)):
+            raise ConfigError(
+                f"dataset is a {type(self.dataset).__name__}; give a list of texts, token tensors or model inputs, a "
+                "datasets.Dataset, a file, the name of a Hub dataset, or 'self'"
+            )
+        self._validate_budgets()
 
-    def _validate_budget(self) -> None:
+    def _validate_budgets(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if self.is_result:
-            if self.ranks is None:
-                raise ConfigError("the config of a compressed model has no ranks; its config.json is damaged")
-            return
         if len(given) != 1:
             raise ConfigError(
                 f"exactly one of {', '.join(BUDGETS)} must be given, not {' and '.join(given) or 'none'}; "
@@ -191,13 +216,33 @@ class PGSVDConfig(LowRankConfig):
             Budget(self.parameter_reduction, self.tolerance)
         elif self.groups:
             raise ConfigError("groups have no meaning with ranks, which name their layers; give one of the two")
+        elif not self.ranks:
+            raise ConfigError("ranks={} names no layer; give the rank of at least one")
         for glob, rank in (self.ranks or {}).items():
             at_least_one(f"ranks[{glob!r}]", rank)
         for glob, budget in self.groups.items():
-            try:
-                Budget(**budget)
-            except (ConfigError, TypeError) as error:
-                raise ConfigError(f"groups[{glob!r}]={budget}: {error}") from None
+            group_budget(glob, budget)
+        tolerances = [self.tolerance, *(budget.get("tolerance") for budget in self.groups.values())]
+        if self.allocation == "uniform" and any(tolerance is not None for tolerance in tolerances):
+            raise ConfigError("allocation='uniform' takes parameter_reduction, not tolerance; use allocation='pareto'")
+
+
+def group_budget(glob: str, budget: Mapping[str, float]) -> Budget:
+    """The budget of one entry of `groups`; raises `ConfigError` naming it."""
+    if unknown := set(budget) - {"parameter_reduction", "tolerance"}:
+        given = ", ".join(map(repr, sorted(unknown)))
+        raise ConfigError(f"groups[{glob!r}]={budget}: give 'tolerance' or 'parameter_reduction', not {given}")
+    try:
+        return Budget(**budget)
+    except ConfigError as error:
+        raise ConfigError(f"groups[{glob!r}]={budget}: {error}") from None
+
+
+def mapping(name: str, value: Any) -> dict[str, Any]:
+    """A field that maps patterns to values, as a dict of its own."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{name}={value!r} must map names or globs to values")
+    return dict(value)
 
 
 def at_least_one(name: str, value: object) -> None:
@@ -207,12 +252,15 @@ def at_least_one(name: str, value: object) -> None:
 
 
 def describe(value: Any) -> str | None:
-    """A dataset or tokenizer in words: a name stays, a local path loses its folders, an object gives its type."""
+    """A dataset or tokenizer in words: a Hub name stays, a local path loses its folders, an object gives its type."""
     if value is None:
         return None
     if isinstance(value, (str, os.PathLike)):
         path = os.fspath(value)
-        return os.path.basename(os.path.normpath(path)) if os.path.exists(path) or os.path.isabs(path) else path
+        local = (
+            os.path.isabs(path) or os.path.exists(path) or path.count("/") > 1 or os.path.splitext(path)[1] in FILES
+        )
+        return os.path.basename(os.path.normpath(path)) if local else path
     if isinstance(value, (list, tuple)):
         return f"list of {len(value)} {type(value[0]).__name__}" if value else "empty list"
     return getattr(value, "name_or_path", None) and describe(value.name_or_path) or type(value).__name__

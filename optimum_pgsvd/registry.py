@@ -40,7 +40,7 @@ class Registry(Generic[F]):
 
     def check(self, name: str) -> str:
         """The name itself; raises `ConfigError`, listing the known names, when it is not registered."""
-        if name not in self._functions:
+        if not isinstance(name, str) or name not in self._functions:
             raise ConfigError(f"{self.kind}={name!r} is not known; known are {', '.join(self.names())}")
         return name
 

@@ -5,22 +5,31 @@ self-contained checkpoints.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.utils import EntryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils.hub import extract_commit_hash
 
 from . import modeling_pgsvd
-from .card import MARKER, model_card
-from .errors import CheckpointError
+from .card import CARD_NAME, MARKER, model_card
 from .report import REPORT_NAME, CompressionReport
+from .version import __version__
 
 
-CARD_NAME = "README.md"
+logger = logging.get_logger(__name__)
+
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+# What `save_pretrained(push_to_hub=True)` takes for the Hub.
+HUB_OPTIONS = ("private", "revision", "create_pr", "commit_message", "commit_description", "tags")
 
 
 def attach_artifacts(model: PreTrainedModel, report: CompressionReport | None, tokenizer: Any = None) -> None:
@@ -42,88 +51,119 @@ def attach_artifacts(model: PreTrainedModel, report: CompressionReport | None, t
 
 def detach_artifacts(model: PreTrainedModel) -> None:
     """Give a model that is dense again the methods of its class."""
-    for name in ("pgsvd_report", "pgsvd_tokenizer", "save_pretrained", "push_to_hub"):
+    for name in ("pgsvd_report", "pgsvd_tokenizer", "pgsvd_commit", "save_pretrained", "push_to_hub"):
         vars(model).pop(name, None)
 
 
+def remember_commit(model: PreTrainedModel, checkpoint_files: list[str] | None) -> None:
+    """Keep the commit that a model is loaded at, so that its report and its tokenizer are taken from there too.
+
+    Args:
+        model: being loaded.
+        checkpoint_files: its weights, in the Hub's cache or in a folder.
+    """
+    model.pgsvd_commit = extract_commit_hash(checkpoint_files[0], None) if checkpoint_files else None
+
+
 def save_pretrained(
-    model: PreTrainedModel, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: dict | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
 ) -> None:
     """`PreTrainedModel.save_pretrained`, and beside the weights the report, a model card and the tokenizer.
 
-    An adapter is saved as ever, with nothing beside it.
+    With `push_to_hub`, what was written is pushed, and nothing else that the folder holds. An adapter is saved and
+    pushed as ever, with nothing beside it.
     """
-    repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(os.fspath(save_directory))))
-    hub = {key: kwargs.pop(key) for key in ("commit_message", "create_pr", "private", "revision") if key in kwargs}
-    adapter = getattr(model, "_hf_peft_config_loaded", False)
-    is_main_process = kwargs.get("is_main_process", True)
-    if not adapter:
-        point_to_code(model)
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
-    if not adapter and is_main_process:
-        write_artifacts(model, save_directory)
-    if push_to_hub:
-        upload(save_directory, repo_id, token=kwargs.get("token"), **hub)
+    stock = type(model).save_pretrained
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return stock(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+    repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+    options = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
+    token = kwargs.get("token")
+    if push_to_hub and is_main_process:
+        to, before = destination(repo_id, token, **options), written_when(save_directory)
+    point_to_code(model)
+    stock(model, save_directory, is_main_process, state_dict, **kwargs)
+    if is_main_process:
+        if kwargs.get("variant") is None:
+            remove_other_layout(save_directory)
+        write_artifacts(model, save_directory, token)
+        if push_to_hub:
+            after = written_when(save_directory)
+            upload(model, save_directory, [path for path in after if after[path] != before.get(path)], to)
+    return None
 
 
 def push_to_hub(
     model: PreTrainedModel,
     repo_id: str,
     *,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
     token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
     max_shard_size: int | str = "50GB",
-    tags: list[str] | None = None,
-) -> str:
-    """`PreTrainedModel.push_to_hub` with everything `save_pretrained` writes; a card that someone edited is kept."""
+    **options: Any,
+) -> Any:
+    """`PreTrainedModel.push_to_hub` with everything `save_pretrained` writes; a card that someone edited is kept.
+
+    Args:
+        model: compressed.
+        repo_id: `"user/name"`, or a name among one's own.
+        token: of the Hub, by default the one logged in with.
+        max_shard_size: of a weights file, in bytes or as in `"5GB"`.
+        options: `private`, `revision`, `create_pr`, `commit_message`, `commit_description` and `tags`.
+
+    Returns:
+        The commit.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return type(model).push_to_hub(model, repo_id, token=token, max_shard_size=max_shard_size, **options)
+    to = destination(repo_id, token, **options)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        card_path = os.path.join(folder, CARD_NAME)
-        if os.path.exists(card_path):
-            card = edited_card(repo_id, token) or model_card(model, model.pgsvd_report, repo_id)
-            data: Any = card.data
-            data.tags = list(dict.fromkeys([*(data.tags or []), *(tags or [])]))
-            card.save(card_path)
-        return upload(
-            folder,
-            repo_id,
-            token=token,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            commit_description=commit_description,
-        )
+        model.save_pretrained(folder, max_shard_size=max_shard_size, token=token)
+        return upload(model, folder, written_when(folder), to)
 
 
-def write_artifacts(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+def write_artifacts(model: PreTrainedModel, folder: str | os.PathLike, token: bool | str | None = None) -> None:
     """Write report, card, tokenizer and, where asked for, the loading code."""
-    if model.pgsvd_report is not None:
+    if model.pgsvd_report is None:
+        model.pgsvd_report = load_report(model.name_or_path, revision=commit_of(model), token=token)
+    if model.pgsvd_report is None:
+        logger.warning(f"No {REPORT_NAME} was found for {model.name_or_path}: it is saved without report and card.")
+    else:
         model.pgsvd_report.save(folder)
         path = os.path.join(folder, CARD_NAME)
-        if not os.path.exists(path) or is_ours(path):
+        if not os.path.exists(path) or MARKER in read_text(path):
             model_card(model, model.pgsvd_report).save(path)
-    if (tokenizer := find_tokenizer(model)) is not None:
+    if (tokenizer := find_tokenizer(model, token)) is not None:
         tokenizer.save_pretrained(folder)
     if model.config.quantization_config.self_contained:
         shutil.copyfile(modeling_pgsvd.__file__, os.path.join(folder, "modeling_pgsvd.py"))
 
 
 def point_to_code(model: PreTrainedModel) -> None:
-    """Name the shipped file as the code of a self-contained checkpoint's model classes."""
+    """Name the shipped file as the code of a self-contained checkpoint's model classes, and of no other's."""
+    module = modeling_pgsvd.__name__.rpartition(".")[2]
+    classes = modeling_pgsvd.auto_classes(model.config.model_type)
+    ours = {auto: f"{module}.{names[0]}" for auto, names in classes.items()}
     if model.config.quantization_config.self_contained:
-        module = modeling_pgsvd.__name__.rpartition(".")[2]
-        classes = modeling_pgsvd.auto_classes(model.config.model_type)
-        model.config.auto_map = {auto: f"{module}.{names[0]}" for auto, names in classes.items()}
+        model.config.auto_map = ours
+    elif getattr(model.config, "auto_map", None) == ours:
+        del model.config.auto_map
 
 
-def find_tokenizer(model: PreTrainedModel) -> Any:
+def commit_of(model: PreTrainedModel) -> str | None:
+    """The commit on the Hub that a model was loaded at."""
+    return getattr(model, "pgsvd_commit", None)
+
+
+def find_tokenizer(model: PreTrainedModel, token: bool | str | None = None) -> Any:
     """The tokenizer or processor to save: the one given, else that of the place the model was loaded from."""
-    source = model.pgsvd_tokenizer or getattr(model, "name_or_path", None)
+    source, hub = model.pgsvd_tokenizer, {"token": token}
+    if source is None:
+        source, hub = getattr(model, "name_or_path", None), {"token": token, "revision": commit_of(model)}
     if source is None or not isinstance(source, (str, os.PathLike)):
         return source
     if not str(source):
@@ -132,67 +172,161 @@ def find_tokenizer(model: PreTrainedModel) -> Any:
 
     for auto in (AutoProcessor, AutoTokenizer):
         try:
-            return auto.from_pretrained(source)
+            return auto.from_pretrained(source, **{key: value for key, value in hub.items() if value is not None})
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
             continue
     return None
 
 
-def load_report(model_or_path: str | os.PathLike, **hub: Any) -> CompressionReport | None:
-    """The report beside a checkpoint, local or on the Hub; `None` where there is none."""
-    from transformers.utils import cached_file
+def load_report(source: str | os.PathLike | None, **hub: Any) -> CompressionReport | None:
+    """The report beside a checkpoint.
 
-    path = cached_file(
-        os.fspath(model_or_path),
-        REPORT_NAME,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-        **hub,
-    )
-    return CompressionReport.load(os.path.dirname(path)) if path else None
+    Args:
+        source: a folder, or the name of a model on the Hub.
+        hub: `revision` and `token` of a model on the Hub.
 
-
-def is_ours(path: str) -> bool:
-    """Whether a card on disk may be rewritten."""
-    with open(path, encoding="utf-8") as file:
-        return MARKER in file.read()
-
-
-def edited_card(repo_id: str, token: bool | str | None) -> ModelCard | None:
-    """The card of a repository, if there is one and its author took it over."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
+    Returns:
+        The report, `None` where there is none, or none that can be reached or read.
+    """
     try:
-        card = ModelCard.load(repo_id, token=token)  # type: ignore[arg-type]
-    except (EntryNotFoundError, RepositoryNotFoundError):
+        path = cached_file(str(source), REPORT_NAME, **hub) if source else None
+        return CompressionReport.load(os.path.dirname(path)) if path else None
+    except OSError:
         return None
-    return None if MARKER in card.content else card
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning(f"The {REPORT_NAME} of {source} is damaged and is left out: {error!r}")
+        return None
 
 
-def upload(
-    folder: str | os.PathLike,
+def written_when(folder: str | os.PathLike) -> dict[str, int]:
+    """The files below a folder by their path in it, each with the time of its last change in nanoseconds."""
+    found = {}
+    for parent, _, names in os.walk(os.fspath(folder)):
+        for name in names:
+            path = os.path.join(parent, name)
+            found[os.path.relpath(path, folder).replace(os.sep, "/")] = os.stat(path).st_mtime_ns
+    return found
+
+
+def remove_other_layout(folder: str | os.PathLike) -> None:
+    """Remove what an earlier save left and would be loaded in the stead of this one.
+
+    transformers removes old shards itself, so that those it leaves are new; but it leaves an old single file beside
+    them, which it would load first, and an old index beside a new single file.
+    """
+    sharded = any(map(SHARD.fullmatch, os.listdir(folder)))
+    other = os.path.join(folder, SAFE_WEIGHTS_NAME if sharded else SAFE_WEIGHTS_INDEX_NAME)
+    if os.path.exists(other):
+        os.remove(other)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where on the Hub to push, and how.
+
+    Args:
+        api: client with a token.
+        repo_id: `"user/name"`.
+        commit: `revision`, `create_pr`, `commit_message` and `commit_description` of the commit.
+        tags: added to the card's.
+    """
+
+    api: HfApi
+    repo_id: str
+    commit: Mapping[str, Any]
+    tags: tuple[str, ...]
+
+
+def destination(
     repo_id: str,
-    *,
     token: bool | str | None = None,
+    *,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
     commit_description: str | None = None,
-) -> Any:
-    """Create the repository if need be and upload a folder to it in one commit."""
-    if not os.path.exists(os.path.join(folder, "config.json")):
-        raise CheckpointError(f"{os.fspath(folder)} holds no config.json; save the model before it is uploaded")
-    api = HfApi(library_name="optimum-pgsvd", token=token)
+    tags: str | Iterable[str] | None = None,
+) -> Destination:
+    """Create repository and branch if need be, so that a push that may not be fails before anything is written.
+
+    Args:
+        repo_id: `"user/name"`, or a name among one's own.
+        token: of the Hub, by default the one logged in with.
+        private: whether a repository that is created here is private.
+        revision: branch to push to.
+        create_pr: open a pull request.
+        commit_message: title of the commit.
+        commit_description: text of the commit.
+        tags: to add to the card.
+
+    Returns:
+        The destination.
+    """
+    api = HfApi(library_name="optimum-pgsvd", library_version=__version__, token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
+    if revision is not None and not create_pr and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        folder_path=os.fspath(folder),
-        repo_id=repo_id,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message or "Upload PGSVD model",
-        commit_description=commit_description,
-    )
+    commit = {
+        "revision": revision,
+        "create_pr": create_pr,
+        "commit_message": commit_message or "Upload PGSVD model",
+        "commit_description": commit_description,
+    }
+    return Destination(api, repo_id, commit, (tags,) if isinstance(tags, str) else tuple(tags or ()))
+
+
+def upload(model: PreTrainedModel, folder: str | os.PathLike, files: Iterable[str], to: Destination) -> Any:
+    """Push files of a folder and the card in one commit, which also drops the weights that they replace."""
+    present = to.api.list_repo_files(to.repo_id, revision=to.commit["revision"])
+    files = sorted({*files} - {CARD_NAME})
+    added = [CommitOperationAdd(path, os.path.join(folder, path)) for path in files]
+    card = card_to_push(model, folder, to, CARD_NAME in present)
+    if card is not None:
+        added.append(CommitOperationAdd(CARD_NAME, card.encode()))
+    dropped = [CommitOperationDelete(path) for path in stale_weights(present, files)]
+    return to.api.create_commit(to.repo_id, [*added, *dropped], **to.commit)
+
+
+def stale_weights(present: Iterable[str], pushed: Iterable[str]) -> list[str]:
+    """Weight files of a repository that would be loaded in the stead of, or lie idle beside, those being pushed."""
+    single, index, pushed = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, {*pushed}
+    if not pushed & {single, index}:
+        return []
+    return sorted(name for name in {*present} - pushed if name in (single, index) or SHARD.fullmatch(name))
+
+
+def card_to_push(model: PreTrainedModel, folder: str | os.PathLike, to: Destination, present: bool) -> str | None:
+    """The text of the card to push, `None` where there is nothing to change.
+
+    A card that someone edited stays, the Hub's before the folder's; any other is written anew.
+    """
+    if present:
+        remote = read_text(to.api.hf_hub_download(to.repo_id, CARD_NAME, revision=to.commit["revision"]))
+        if MARKER not in remote:
+            tagged = with_tags(remote, to.tags)
+            return tagged if tagged != remote else None
+    path = os.path.join(folder, CARD_NAME)
+    if os.path.exists(path) and MARKER not in (local := read_text(path)):
+        return with_tags(local, to.tags)
+    if model.pgsvd_report is None:
+        return None
+    return with_tags(str(model_card(model, model.pgsvd_report, to.repo_id)), to.tags)
+
+
+def with_tags(card: str, tags: Iterable[str]) -> str:
+    """The text of a card with these tags among its own; a card that has them all stays as it is, byte for byte."""
+    parsed = ModelCard(card)
+    data: Any = parsed.data
+    old = data.tags or []
+    new = [tag for tag in dict.fromkeys(tags) if tag not in old]
+    if not new:
+        return card
+    data.tags = [*old, *new]
+    return str(parsed)
+
+
+def read_text(path: str) -> str:
+    """A text file as it is, line ends included."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read()

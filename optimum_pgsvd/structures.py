@@ -79,7 +79,7 @@ class Budget:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SVDProfile:
     """Relative error of a layer as a function of its rank.
 
@@ -94,6 +94,10 @@ class SVDProfile:
     shape: LinearShape
     values: Tensor
 
+    def __post_init__(self) -> None:
+        if self.values.shape != (self.shape.full_rank,) or bool((self.values.diff() > 0).any()):
+            raise ValueError(f"a {self.shape} has {self.shape.full_rank} singular values, largest first")
+
     @cached_property
     def errors(self) -> Tensor:
         """`e(r)` for r = 0 … min(m, n), float64, never rising."""
@@ -101,14 +105,18 @@ class SVDProfile:
 
     def relative_error(self, rank: int | None) -> float:
         """`e(rank)`; 0 for a dense layer (`None`)."""
+        if rank is not None and not 0 <= rank <= self.shape.full_rank:
+            raise ValueError(f"rank {rank} is outside 0 … {self.shape.full_rank}")
         return 0.0 if rank is None else float(self.errors[rank])
 
     def rank_for(self, tolerance: float) -> int:
-        """Smallest rank whose relative error is at most `tolerance`."""
+        """Smallest rank whose relative error is at most `tolerance`, which is 0 or more."""
+        if tolerance < 0:
+            raise ValueError(f"tolerance {tolerance} is negative")
         return int((self.errors > tolerance).sum())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRankFactors:
     """`W ≈ left @ right`.
 
@@ -200,4 +208,6 @@ class RankPlan:
     def merge(plans: Iterable[RankPlan], order: Iterable[str]) -> RankPlan:
         """One plan out of several over disjoint layers, in the given order."""
         layers = {name: layer for plan in plans for name, layer in plan.layers.items()}
-        return RankPlan({name: layers[name] for name in order if name in layers})
+        ordered = RankPlan({name: layers.pop(name) for name in order})
+        assert not layers, f"layers without a place in the order: {list(layers)}"
+        return ordered

@@ -25,7 +25,8 @@ def load_calibration_set(model: Any, config: PGSVDConfig, tokenizer: Any = None)
     """The calibration set as batches of keyword arguments for the model's `forward`.
 
     Texts of a causal language model are joined and cut into windows without padding; texts of other models are
-    truncated and padded, with a mask. Token tensors are windows already. Dicts are taken as they are.
+    truncated and padded, with a mask. Token tensors are windows already. Dicts are batches already; the last of them
+    may go beyond `num_samples`.
 
     Args:
         model: the dense model, asked for its limits, and for samples where `dataset="self"`.
@@ -40,24 +41,28 @@ def load_calibration_set(model: Any, config: PGSVDConfig, tokenizer: Any = None)
             loaded.
     """
     config.require_dataset()
+    return [complete(model, batch) for batch in read_batches(model, config, tokenizer)]
+
+
+def read_batches(model: Any, config: PGSVDConfig, tokenizer: Any) -> Iterable[Batch]:
+    """The batches as the dataset has them."""
     length = config.sequence_length or default_length(model)
     if isinstance(config.dataset, str) and config.dataset == "self":
         windows: list[Tensor] = sample_from_model(model, config.num_samples, length, config.batch_size, config.seed)
-        return list(stack(windows, config.batch_size))
+        return stack(windows, config.batch_size)
     examples: list[Any] = read_source(config.dataset, config.num_samples, config.seed)
     if not examples:
         raise CalibrationError("the calibration dataset is empty")
-    first = examples[0]
-    if isinstance(first, Mapping):
-        return [complete(model, dict(example)) for example in examples[: config.num_samples]]
-    if isinstance(first, Tensor):
-        return list(
-            stack([w for x in examples for w in x.reshape(-1, x.shape[-1])][: config.num_samples], config.batch_size)
-        )
-    tokenizer = tokenizer or config.tokenizer or getattr(model, "name_or_path", None)
+    if isinstance(examples[0], Mapping):
+        return enough(examples, config.num_samples)
+    if isinstance(examples[0], Tensor):
+        windows = [window for example in examples for window in example.reshape(-1, example.shape[-1])]
+        return stack(windows[: config.num_samples], config.batch_size)
+    tokenizer = load_tokenizer(tokenizer or config.tokenizer or getattr(model, "name_or_path", None))
+    length = config.sequence_length or min(length, getattr(tokenizer, "model_max_length", length))
     if is_causal(model):
-        return list(stack(pack(examples, load_tokenizer(tokenizer), config.num_samples, length), config.batch_size))
-    return [complete(model, batch) for batch in pad(examples, load_tokenizer(tokenizer), config, length)]
+        return stack(pack(examples, tokenizer, config.num_samples, length), config.batch_size)
+    return pad(examples, tokenizer, config, length)
 
 
 def default_length(model: Any) -> int:
@@ -73,11 +78,11 @@ def is_causal(model: Any) -> bool:
 
 
 def load_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer or processor object, loaded if it is a name."""
+    """A tokenizer, loaded if it is a name, taken out if it is part of a processor."""
+    if not tokenizer:
+        raise CalibrationError("texts need a tokenizer: give tokenizer=... with the config or to compress()")
     if not isinstance(tokenizer, (str, os.PathLike)):
-        if tokenizer is None:
-            raise CalibrationError("texts need a tokenizer: give tokenizer=... with the config or to compress()")
-        return tokenizer
+        return getattr(tokenizer, "tokenizer", tokenizer)
     from transformers import AutoTokenizer
 
     try:
@@ -105,15 +110,16 @@ def pack(texts: Iterable[str], tokenizer: Any, num_samples: int, length: int) ->
     return list(windows[:num_samples])
 
 
-def pad(texts: list[str], tokenizer: Any, config: PGSVDConfig, length: int) -> Iterator[Batch]:
-    """Batches of truncated texts, padded to the longest of each batch."""
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if tokenizer.pad_token is None:
+def pad(texts: Iterable[str], tokenizer: Any, config: PGSVDConfig, length: int) -> Iterator[Batch]:
+    """Batches of truncated texts, padded to the longest of each batch; blank texts are passed over."""
+    if tokenizer.pad_token is None and config.batch_size > 1:
         raise CalibrationError("texts of several lengths need a tokenizer with a pad_token; set one, or batch_size=1")
-    texts = texts[: config.num_samples]
+    options = {"padding": config.batch_size > 1, "truncation": True, "max_length": length, "return_tensors": "pt"}
+    texts = [text for text in texts if text.strip()][: config.num_samples]
+    if not texts:
+        raise CalibrationError("the calibration texts hold no tokens")
     for start in range(0, len(texts), config.batch_size):
-        batch = texts[start : start + config.batch_size]
-        yield dict(tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt"))
+        yield dict(tokenizer(texts[start : start + config.batch_size], **options))
 
 
 def stack(windows: list[Tensor], batch_size: int) -> Iterator[Batch]:
@@ -125,6 +131,16 @@ def stack(windows: list[Tensor], batch_size: int) -> Iterator[Batch]:
             stop += 1
         yield {"input_ids": torch.stack(windows[start:stop]).long()}
         start = stop
+
+
+def enough(batches: Iterable[Mapping[str, Any]], num_samples: int) -> Iterator[Batch]:
+    """Batches until they hold enough sequences."""
+    held = 0
+    for batch in batches:
+        if held >= num_samples:
+            return
+        yield dict(batch)
+        held += next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()), 1)
 
 
 def complete(model: Any, batch: Batch) -> Batch:

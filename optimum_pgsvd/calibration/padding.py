@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -46,9 +47,16 @@ class PaddingMask:
         of_encoder = states is not None and x.data_ptr() == states.data_ptr() and x.shape == states.shape
         mask = self._encoder if of_encoder else self._main
         rows = x.reshape(-1, x.shape[-1])
-        if mask is None or mask.numel() != rows.shape[0]:
-            return rows
-        return rows[mask.to(rows.device).reshape(-1)]
+        fitted = None if mask is None else _fitted(mask, x.shape[:-1])
+        return rows if fitted is None else rows[fitted.to(rows.device).reshape(-1)]
+
+
+def _fitted(mask: Tensor, shape: torch.Size) -> Tensor | None:
+    """A `(batch, tokens)` mask in the order of an input's rows, `None` for an input that is not made of its tokens."""
+    if shape == mask.T.shape != mask.shape:
+        return mask.T
+    flat = len(shape) == 1 or shape[0] == mask.shape[0]
+    return mask if flat and shape.numel() == mask.numel() else None
 
 
 def _padded(mask: Tensor | None) -> Tensor | None:

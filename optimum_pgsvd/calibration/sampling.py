@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..errors import CalibrationError
+from .walk import evaluating
 
 
 @torch.no_grad()
@@ -36,10 +37,9 @@ def sample_from_model(model: Any, num_samples: int, length: int, batch_size: int
         raise CalibrationError(f"dataset='self' needs a causal language model, which {type(model).__name__} is not")
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    training = model.training
-    model.eval()
     windows: list[Tensor] = []
-    with logging.tqdm(total=num_samples * length, desc="Sampling", unit="token", disable=None) as progress:
+    progress = logging.tqdm(total=num_samples * length, desc="Sampling", unit="token", disable=None)
+    with evaluating(model), progress:
         while len(windows) < num_samples:
             count = min(batch_size, num_samples - len(windows))
             tokens, cache = _first_tokens(config, count, generator), None
@@ -53,7 +53,6 @@ def sample_from_model(model: Any, num_samples: int, length: int, batch_size: int
                 progress.update(count)
             windows += torch.cat(sequence, dim=1).cpu()
             progress.update(count)
-    model.train(training)
     return windows
 
 
@@ -66,7 +65,7 @@ def _first_tokens(config, count: int, generator: torch.Generator) -> Tensor:
 
 def _begin_after_end(drawn: Tensor, previous: Tensor, config) -> Tensor:
     begin, end = getattr(config, "bos_token_id", None), getattr(config, "eos_token_id", None)
-    if begin is None or end is None or begin == end:
+    ends = [token for token in (end if isinstance(end, list) else [end]) if token not in (None, begin)]
+    if begin is None or not ends:
         return drawn
-    ended = torch.isin(previous, torch.tensor(end, device=previous.device))
-    return torch.where(ended, begin, drawn)
+    return torch.where(torch.isin(previous, torch.tensor(ends, device=previous.device)), begin, drawn)

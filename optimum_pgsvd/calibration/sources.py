@@ -35,47 +35,71 @@ def read_source(dataset: Any, num_samples: int, seed: int) -> list[str | Tensor 
     Raises:
         CalibrationError: it cannot be read or holds something else.
     """
-    if isinstance(dataset, (str, os.PathLike)):
-        dataset = open_dataset(os.fspath(dataset))
     limit = num_samples * EXAMPLES_PER_SAMPLE
-    if hasattr(dataset, "shuffle") and hasattr(dataset, "column_names"):
-        dataset = islice(dataset.shuffle(seed=seed), limit)
-        examples = [normalised(example) for example in dataset]
-    elif isinstance(dataset, Mapping) or not isinstance(dataset, Iterable):
-        raise CalibrationError(
-            f"dataset is a {type(dataset).__name__}; give a list of texts, token tensors or model inputs, a "
-            "datasets.Dataset, a file, the name of a Hub dataset, or 'self'"
-        )
+    if isinstance(dataset, (str, os.PathLike)):
+        examples = read_named(os.fspath(dataset), limit, seed)
     else:
-        examples = [
-            normalised(example) for example in islice(dataset, limit if not hasattr(dataset, "__len__") else None)
-        ]
-        random.Random(seed).shuffle(examples)
+        examples = [normalised(example) for example in ordered(dataset, limit, seed)]
     kinds = {str if isinstance(e, str) else Tensor if isinstance(e, Tensor) else dict for e in examples}
     if len(kinds) > 1:
         raise CalibrationError("the dataset mixes texts, token tensors and model inputs; give one kind")
     return examples
 
 
-def open_dataset(name: str) -> Any:
-    """A local file or a Hub dataset as `datasets` reads it."""
-    import datasets
+def ordered(dataset: Any, limit: int, seed: int) -> Iterable[Any]:
+    """The examples of a dataset in memory or of a stream, shuffled; at most `limit` of what has no length."""
+    if hasattr(dataset, "shuffle") and hasattr(dataset, "column_names"):
+        return islice(dataset.shuffle(seed=seed), limit)
+    if isinstance(dataset, Mapping) or not isinstance(dataset, Iterable):
+        raise CalibrationError(
+            f"dataset is a {type(dataset).__name__}; give a list of texts, token tensors or model inputs, a "
+            "datasets.Dataset, a file, the name of a Hub dataset, or 'self'"
+        )
+    examples = list(islice(dataset, limit if not hasattr(dataset, "__len__") else None))
+    random.Random(seed).shuffle(examples)
+    return examples
 
-    suffix = os.path.splitext(name)[1]
+
+def read_named(name: str, limit: int, seed: int) -> list[str | Tensor | Mapping[str, Any]]:
+    """The examples of a local file or of a Hub dataset; whatever stops `datasets` is told with what to do."""
+    path, options = locate(name)
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
     try:
-        if os.path.isfile(name):
-            if suffix not in LOADERS:
-                raise CalibrationError(f"{name}: known file types are {', '.join(LOADERS)}")
-            options = {"sample_by": "paragraph"} if suffix == ".txt" else {}
-            return datasets.load_dataset(LOADERS[suffix], data_files=name, split="train", streaming=True, **options)
-        if suffix in LOADERS or os.path.isabs(name):
-            raise CalibrationError(f"the calibration file {name} does not exist")
-        repository, _, configuration = name.partition(":")
-        return datasets.load_dataset(repository, configuration or None, split="train", streaming=True)
-    except (OSError, ValueError) as error:
-        if isinstance(error, CalibrationError):
-            raise
-        raise CalibrationError(f"the dataset {name!r} cannot be read: {error}") from error
+        stream = load_dataset(path, split="train", streaming=True, **options)
+        return [normalised(example) for example in ordered(stream, limit, seed)]
+    except CalibrationError:
+        raise
+    except DatasetNotFoundError as error:
+        remedy = "check the name, and log in with `hf auth login` or HF_TOKEN where it is private or gated"
+        raise unreadable(name, error, remedy) from error
+    except ConnectionError as error:
+        raise unreadable(name, error, "check the connection, or give a local .txt, .jsonl or .parquet file") from error
+    except Exception as error:  # parsers and transports raise errors of many kinds
+        remedy = (
+            "name a configuration as in 'user/name:config', or load it yourself and give dataset=load_dataset(...)"
+        )
+        raise unreadable(name, error, "check the file" if os.path.isfile(name) else remedy) from error
+
+
+def locate(name: str) -> tuple[str, dict[str, Any]]:
+    """What `datasets.load_dataset` calls a local file or a Hub dataset."""
+    suffix = os.path.splitext(name)[1]
+    if os.path.isfile(name):
+        if suffix not in LOADERS:
+            raise CalibrationError(f"{name}: known file types are {', '.join(LOADERS)}")
+        # A text file's examples are its paragraphs.
+        return LOADERS[suffix], {"data_files": name} | ({"sample_by": "paragraph"} if suffix == ".txt" else {})
+    if suffix in LOADERS or os.path.isabs(name):
+        raise CalibrationError(f"the calibration file {name} does not exist")
+    repository, _, configuration = name.partition(":")
+    return repository, {"name": configuration or None}
+
+
+def unreadable(name: str, error: Exception, remedy: str) -> CalibrationError:
+    """An error that names the dataset, the cause and the remedy."""
+    return CalibrationError(f"the dataset {name!r} cannot be read: {str(error).rstrip('.')}; {remedy}")
 
 
 def normalised(example: Any) -> str | Tensor | Mapping[str, Any]:

@@ -160,7 +160,7 @@ class _Capture(AbstractContextManager):
 
     def _copy(self, tensor: Tensor) -> Tensor:
         """A copy, one for all calls, but for an expanded tensor, which is small and cannot be written to."""
-        if 0 in tensor.stride():
+        if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
             return tensor
         if self._copies.get(tensor, (None,))[0] != version(tensor):
             self._copies[tensor] = version(tensor), tensor.clone()
@@ -180,8 +180,8 @@ def _forward(model: nn.Module, batch: Mapping[str, Any], number: int) -> None:
         inputs.setdefault("logits_to_keep", 1)
     try:
         model(**inputs)
-    except (TypeError, ValueError, IndexError) as error:
-        if isinstance(error, PGSVDError):
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, (PGSVDError, torch.OutOfMemoryError)):
             raise
         given = ", ".join(f"{key} {tuple(getattr(value, 'shape', ()))}" for key, value in batch.items())
         raise CalibrationError(

@@ -48,6 +48,7 @@ def relative_tails(values: Tensor) -> Tensor:
     Source:
         arXiv 2510.05544, Definition 1.
     """
-    energy = values.double().square()
+    values = values.double()
+    energy = (values / values.max().clamp(min=torch.finfo(values.dtype).tiny)).square()
     tails = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
     return (tails / tails[0]).sqrt() if tails[0] > 0 else tails

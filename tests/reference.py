@@ -1,0 +1,177 @@
+"""Slow, obvious float64 oracles. Nothing of the package is imported here, and no formula is rearranged for speed.
+
+A weight is `W (m, n)`, inputs are `X (T, n)` with one row a token, `G = Xᵀ X`, and an approximation of the weight is
+written out in full, `Ŵ (m, n)`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+# Linear algebra
+
+
+def gram_matrix(inputs: Tensor) -> Tensor:
+    """`Σ_t x_t x_tᵀ`, one token after the other."""
+    gram = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64)
+    for token in inputs.double():
+        gram += torch.outer(token, token)
+    return gram
+
+
+def truncated(weight: Tensor, rank: int) -> Tensor:
+    """`W_r`, a sum of r outer products of singular vectors."""
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    total = torch.zeros_like(weight, dtype=torch.float64)
+    for i in range(rank):
+        total += s[i] * torch.outer(u[:, i], vh[i])
+    return total
+
+
+def norm(matrix: Tensor) -> float:
+    """`‖·‖_F`, entry by entry squared and summed exactly."""
+    return math.sqrt(math.fsum(x * x for x in matrix.double().flatten().tolist()))
+
+
+def outputs_error(weight: Tensor, approximation: Tensor, inputs: Tensor) -> float:
+    """`‖(W − Ŵ) Xᵀ‖_F`."""
+    return norm((weight.double() - approximation.double()) @ inputs.double().T)
+
+
+def least_outputs_error(weight: Tensor, inputs: Tensor, rank: int) -> float:
+    """The least `‖(W − Ŵ) Xᵀ‖_F` of any Ŵ of this rank: what an SVD of all outputs `W Xᵀ` leaves over."""
+    values = torch.linalg.svd(weight.double() @ inputs.double().T)[1]
+    return norm(values[rank:])
+
+
+def relative_weight_error(weight: Tensor, approximation: Tensor) -> float:
+    """`‖W − Ŵ‖_F / ‖W‖_F`, 0 for a zero weight."""
+    size = norm(weight)
+    return norm(weight.double() - approximation.double()) / size if size else 0.0
+
+
+def relative_outputs_error(weight: Tensor, approximation: Tensor, inputs: Tensor) -> float:
+    """`‖(W − Ŵ) Xᵀ‖_F / ‖W Xᵀ‖_F`, 0 where the outputs are zero."""
+    size = norm(weight.double() @ inputs.double().T)
+    return outputs_error(weight, approximation, inputs) / size if size else 0.0
+
+
+def truncation_error(weight: Tensor, rank: int) -> float:
+    """`e(r) = ‖W − W_r‖_F / ‖W‖_F`, with `W_r` written out."""
+    return relative_weight_error(weight, truncated(weight, rank))
+
+
+def smallest_rank(weight: Tensor, tolerance: float) -> int:
+    """Definition 1 by trying every rank from 0 up."""
+    return next(rank for rank in range(min(weight.shape) + 1) if truncation_error(weight, rank) <= tolerance)
+
+
+def als_sweep(weight: Tensor, gram: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """One sweep of Algorithm 1, as the paper writes it."""
+    left = weight @ gram @ right.T @ torch.linalg.pinv(right @ gram @ right.T)
+    right = torch.linalg.pinv(left.T @ left) @ left.T @ weight
+    return left, right
+
+
+def als(weight: Tensor, gram: Tensor, rank: int, sweeps: int) -> Tensor:
+    """Ŵ of Algorithm 1 after some sweeps from the truncated SVD."""
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    left = u[:, :rank] @ torch.diag(s[:rank].sqrt())
+    right = torch.diag(s[:rank].sqrt()) @ vh[:rank]
+    for _ in range(sweeps):
+        left, right = als_sweep(weight.double(), gram.double(), right)
+    return left @ right
+
+
+# Allocation
+
+
+class Option(NamedTuple):
+    """One thing that can be done with a layer: its rank (`None` for dense), its parameters, its relative error."""
+
+    rank: int | None
+    parameters: int
+    error: float
+
+
+Choice = dict[str, Option]
+
+
+def saving_ranks(m: int, n: int, rank_multiple: int) -> list[int]:
+    """Every multiple of `rank_multiple` whose factors are smaller than the weight."""
+    return [rank for rank in range(1, min(m, n) + 1) if rank % rank_multiple == 0 and rank * m + rank * n < m * n]
+
+
+def layer_options(m: int, n: int, errors: Sequence[float], rank_multiple: int) -> list[Option]:
+    """Every rank that saves parameters, then dense; `errors[r]` is e(r)."""
+    factored = [Option(rank, rank * (m + n), errors[rank]) for rank in saving_ranks(m, n, rank_multiple)]
+    return [*factored, Option(None, m * n, 0.0)]
+
+
+def kept(choice: Choice) -> int:
+    """Parameters of a choice for every layer."""
+    return sum(option.parameters for option in choice.values())
+
+
+def budget(shapes: Mapping[str, tuple[int, int]], reduction: str) -> int:
+    """Parameters that a reduction, written as a decimal, leaves; in exact arithmetic."""
+    return math.floor((1 - Fraction(reduction)) * sum(m * n for m, n in shapes.values()))
+
+
+def at_tolerance(options: Mapping[str, list[Option]], tolerance: float) -> Choice:
+    """The first option of each layer whose error is within a tolerance."""
+    return {name: next(o for o in layer if o.error <= tolerance) for name, layer in options.items()}
+
+
+def one_tolerance_for_all(options: Mapping[str, list[Option]], limit: int) -> Choice | None:
+    """The largest plan within a budget that some one tolerance gives; every tolerance that matters is tried."""
+    tolerances = {option.error for layer in options.values() for option in layer}
+    plans = [at_tolerance(options, tolerance) for tolerance in tolerances]
+    return max((plan for plan in plans if kept(plan) <= limit), key=kept, default=None)
+
+
+def every_choice(options: Mapping[str, list[Option]]) -> Iterator[Choice]:
+    """All combinations of the layers' options."""
+    for combination in itertools.product(*options.values()):
+        yield dict(zip(options, combination, strict=True))
+
+
+def least_worst_error(options: Mapping[str, list[Option]], limit: int) -> float | None:
+    """The least that the largest error over the layers can be within a budget, over all combinations."""
+    worst = [
+        max(option.error for option in choice.values()) for choice in every_choice(options) if kept(choice) <= limit
+    ]
+    return min(worst, default=None)
+
+
+def least_total_error(options: Mapping[str, list[Option]], limit: int) -> float | None:
+    """The least sum of errors within a budget, the paper's surrogate with equal weights, over all combinations."""
+    totals = [math.fsum(o.error for o in choice.values()) for choice in every_choice(options) if kept(choice) <= limit]
+    return min(totals, default=None)
+
+
+def one_fraction_for_all(shapes: Mapping[str, tuple[int, int]], rank_multiple: int, limit: int) -> Choice | None:
+    """The largest plan within a budget that keeps at most a fraction κ of every layer; every κ that matters is tried.
+
+    A layer keeps its smallest option where κ is smaller still.
+    """
+    options = {name: layer_options(m, n, [0.0] * (min(m, n) + 1), rank_multiple) for name, (m, n) in shapes.items()}
+
+    def at_fraction(fraction: Fraction) -> Choice:
+        within = {
+            name: [o for o in layer if Fraction(o.parameters, layer[-1].parameters) <= fraction]
+            for name, layer in options.items()
+        }
+        return {name: (within[name] or layer[:1])[-1] for name, layer in options.items()}
+
+    fractions = {Fraction(o.parameters, layer[-1].parameters) for layer in options.values() for o in layer}
+    plans = [at_fraction(fraction) for fraction in fractions]
+    return max((plan for plan in plans if kept(plan) <= limit), key=kept, default=None)

@@ -1,0 +1,357 @@
+"""Laws of the allocations, against enumeration on a few tiny layers."""
+
+import math
+
+import pytest
+import reference
+import torch
+from cases import gaussian, orthonormal
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from optimum_pgsvd.allocation import ALLOCATIONS
+from optimum_pgsvd.allocation.ladder import Ladder, climb, parameter_budget
+from optimum_pgsvd.errors import ConfigError
+from optimum_pgsvd.linalg import singular_values
+from optimum_pgsvd.structures import Budget, LinearShape, RankPlan, SVDProfile
+
+
+many = settings(max_examples=150, deadline=None, derandomize=True)
+
+sizes = st.tuples(st.integers(1, 12), st.integers(1, 12))
+shapes_of_layers = st.lists(sizes, min_size=1, max_size=3).map(
+    lambda found: {f"layer{i}": shape for i, shape in enumerate(found)}
+)
+# Written in decimals, as users do, so that the oracle can do exact arithmetic on it.
+reductions = st.integers(0, 99).map(lambda percent: f"{percent / 100:.2f}")
+multiples = st.integers(1, 3)
+seeds = st.integers(0, 10_000)
+
+each_allocation = pytest.mark.parametrize("allocation", ALLOCATIONS.names())
+
+
+def spectrum(shape: tuple[int, int], seed: int) -> torch.Tensor:
+    """Singular values without ties, falling at a rate of their own."""
+    k = min(shape)
+    decay = 0.3 + 0.7 * float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
+    values = (1 + gaussian(k, seed=seed).abs()) * decay ** torch.arange(k, dtype=torch.float64)
+    return values.sort(descending=True)[0]
+
+
+def profiles_of(shapes: dict[str, tuple[int, int]], seed: int) -> dict[str, SVDProfile]:
+    return {
+        name: SVDProfile(LinearShape(*shape), spectrum(shape, seed + i))
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def options_of(profiles: dict[str, SVDProfile], rank_multiple: int) -> dict[str, list[reference.Option]]:
+    return {
+        name: reference.layer_options(p.shape.out_features, p.shape.in_features, p.errors.tolist(), rank_multiple)
+        for name, p in profiles.items()
+    }
+
+
+def allocate(allocation: str, profiles: dict[str, SVDProfile], budget: Budget, rank_multiple: int = 1) -> RankPlan:
+    shapes = {name: profile.shape for name, profile in profiles.items()}
+    return ALLOCATIONS[allocation](shapes, profiles, budget, rank_multiple)
+
+
+def try_reduction(
+    allocation: str, profiles: dict[str, SVDProfile], reduction: str, rank_multiple: int = 1
+) -> RankPlan | None:
+    """The plan, or `None` where the allocation says that the budget cannot be met."""
+    try:
+        return allocate(allocation, profiles, Budget(parameter_reduction=float(reduction)), rank_multiple)
+    except ConfigError:
+        return None
+
+
+def choice(plan: RankPlan, options: dict[str, list[reference.Option]]) -> reference.Choice:
+    """A plan in the words of the oracle; fails on a rank that is none of the layer's options."""
+    return {
+        name: next(option for option in options[name] if option.rank == layer.rank)
+        for name, layer in plan.layers.items()
+    }
+
+
+def next_up(chosen: reference.Option, options: list[reference.Option]) -> reference.Option | None:
+    return next((option for option in options if option.parameters > chosen.parameters), None)
+
+
+# Ladders and budgets
+
+
+@many
+@given(sizes, multiples)
+def test_a_ladder_holds_every_saving_multiple_and_dense(shape, rank_multiple):
+    ladder = Ladder.of(LinearShape(*shape), rank_multiple)
+    assert list(ladder.ranks) == [*reference.saving_ranks(*shape, rank_multiple), None]
+
+
+@many
+@given(st.integers(1, 200), st.integers(1, 200), reductions)
+def test_the_budget_is_exact(m, n, reduction):
+    """In floating point (1 − 0.9) × 10 is 0.9999999999999998, which must still buy one parameter."""
+    expected = reference.budget({"only": (m, n)}, reduction)
+    assert parameter_budget({"only": LinearShape(m, n)}, float(reduction)) == expected
+
+
+def test_a_climb_stops_at_the_first_step_over_budget_and_takes_ties_in_layer_order():
+    """Three 4 × 4 layers, ranks 1 (8 parameters) and dense (16); 36 of 48 parameters buy one step."""
+    ladders = {name: Ladder.of(LinearShape(4, 4), 1) for name in "abc"}
+    assert climb(ladders, lambda name, j: 0.5, 0.25) == ({"a": None, "b": 1, "c": 1}, 0.5)
+    assert climb(ladders, lambda name, j: {"a": 0.1, "b": 0.2, "c": 0.3}[name], 0.25) == (
+        {"a": 1, "b": 1, "c": None},
+        0.2,
+    )
+    assert climb(ladders, lambda name, j: 0.0, 0.0) == ({"a": 1, "b": 1, "c": 1}, 0.0)
+    assert climb(ladders, lambda name, j: 0.5, 0.0) == ({"a": None, "b": None, "c": None}, 0.0)
+
+
+# Every allocation
+
+
+@many
+@given(shapes_of_layers, seeds, reductions, multiples, st.sampled_from(ALLOCATIONS.names()))
+def test_a_plan_is_within_its_budget_and_holds_legal_ranks_of_all_layers_in_order(
+    shapes, seed, reduction, rank_multiple, allocation
+):
+    profiles = profiles_of(shapes, seed)
+    options = options_of(profiles, rank_multiple)
+    smallest = sum(layer[0].parameters for layer in options.values())
+    plan = try_reduction(allocation, profiles, reduction, rank_multiple)
+    assert (plan is None) == (smallest > reference.budget(shapes, reduction))
+    if plan is not None:
+        assert list(plan.layers) == list(shapes)
+        assert plan.kept_parameters == reference.kept(choice(plan, options))
+        assert plan.kept_parameters <= reference.budget(shapes, reduction)
+
+
+@many
+@given(shapes_of_layers, seeds, st.lists(reductions, min_size=2, max_size=2), multiples)
+@each_allocation
+def test_a_larger_budget_lowers_no_rank(allocation, shapes, seed, two_reductions, rank_multiple):
+    profiles = profiles_of(shapes, seed)
+    options = options_of(profiles, rank_multiple)
+    light, heavy = (try_reduction(allocation, profiles, r, rank_multiple) for r in sorted(two_reductions))
+    if heavy is not None:
+        assert light is not None
+        for name, option in choice(heavy, options).items():
+            assert choice(light, options)[name].parameters >= option.parameters
+
+
+@each_allocation
+def test_a_budget_that_cannot_be_met_is_refused_with_what_can(allocation):
+    profiles = profiles_of({"q": (8, 8), "k": (2, 6)}, seed=0)
+    message = (
+        r"parameter_reduction=0.9 cannot be met: the smallest ranks of these 2 layers keep 24 of 76 parameters, "
+        r"a reduction of 0.6842; lower it, or lower rank_multiple"
+    )
+    with pytest.raises(ConfigError, match=message):
+        allocate(allocation, profiles, Budget(parameter_reduction=0.9))
+    assert allocate(allocation, profiles, Budget(parameter_reduction=0.68)).ranks == {"q": 1, "k": 1}
+
+
+@each_allocation
+def test_a_layer_that_factors_would_not_shrink_stays_dense(allocation):
+    """2 × 2 has no saving rank, 5 × 5 none that is a multiple of 3; the other layer makes up for them."""
+    profiles = profiles_of({"tiny": (2, 2), "small": (5, 5), "large": (12, 12)}, seed=0)
+    plan = allocate(allocation, profiles, Budget(parameter_reduction=0.4), rank_multiple=3)
+    assert plan.ranks == {"large": 3}
+    assert plan.kept_parameters == 4 + 25 + 72
+
+
+@each_allocation
+def test_no_reduction_leaves_every_layer_dense(allocation):
+    plan = allocate(allocation, profiles_of({"q": (8, 8), "k": (4, 6)}, seed=0), Budget(parameter_reduction=0.0))
+    assert plan.ranks == {}
+    assert plan.parameter_reduction == 0.0
+
+
+# PGSVD: one tolerance
+
+
+@many
+@given(shapes_of_layers, seeds, reductions, multiples)
+def test_pareto_is_the_largest_plan_of_one_tolerance(shapes, seed, reduction, rank_multiple):
+    profiles = profiles_of(shapes, seed)
+    options = options_of(profiles, rank_multiple)
+    plan = try_reduction("pareto", profiles, reduction, rank_multiple)
+    expected = reference.one_tolerance_for_all(options, reference.budget(shapes, reduction))
+    assert (plan and choice(plan, options)) == expected
+
+
+@many
+@given(shapes_of_layers, seeds, reductions, multiples)
+def test_pareto_has_the_least_worst_error_of_all_combinations(shapes, seed, reduction, rank_multiple):
+    profiles = profiles_of(shapes, seed)
+    options = options_of(profiles, rank_multiple)
+    plan = try_reduction("pareto", profiles, reduction, rank_multiple)
+    assume(plan is not None)
+    worst = max(layer.relative_error for layer in plan.layers.values())
+    assert worst == reference.least_worst_error(options, reference.budget(shapes, reduction))
+    assert plan.kept_parameters <= reference.budget(shapes, reduction)
+
+
+@many
+@given(shapes_of_layers, seeds, reductions, multiples)
+def test_the_first_step_that_pareto_does_not_take_would_exceed_the_budget(shapes, seed, reduction, rank_multiple):
+    profiles = profiles_of(shapes, seed)
+    options = options_of(profiles, rank_multiple)
+    plan = try_reduction("pareto", profiles, reduction, rank_multiple)
+    assume(plan is not None)
+    chosen = choice(plan, options)
+    worst = max(chosen, key=lambda name: chosen[name].error)
+    step = next_up(chosen[worst], options[worst])
+    if step is None:
+        assert plan.ranks == {}
+    else:
+        assert reference.kept(chosen | {worst: step}) > reference.budget(shapes, reduction)
+    for name, layer in plan.layers.items():
+        assert layer.tolerance == chosen[worst].error
+        assert layer.relative_error == chosen[name].error
+
+
+@many
+@given(shapes_of_layers, seeds, st.floats(0, 1), multiples)
+def test_a_tolerance_holds_in_every_layer_and_one_step_less_violates_it(shapes, seed, tolerance, rank_multiple):
+    profiles = profiles_of(shapes, seed)
+    options = options_of(profiles, rank_multiple)
+    plan = allocate("pareto", profiles, Budget(tolerance=tolerance), rank_multiple)
+    assert choice(plan, options) == reference.at_tolerance(options, tolerance)
+    for name, layer in plan.layers.items():
+        assert layer.tolerance == tolerance
+        assert layer.relative_error <= tolerance
+        below = [o for o in options[name] if o.parameters < layer.parameters]
+        assert not below or below[-1].error > tolerance
+
+
+@many
+@given(shapes_of_layers, seeds, reductions)
+def test_the_tolerance_that_met_a_budget_gives_the_same_plan_back(shapes, seed, reduction):
+    profiles = profiles_of(shapes, seed)
+    plan = try_reduction("pareto", profiles, reduction)
+    assume(plan is not None)
+    reached = max(layer.tolerance for layer in plan.layers.values())
+    assert allocate("pareto", profiles, Budget(tolerance=reached)).ranks == plan.ranks
+
+
+def test_a_planned_error_is_that_of_the_truncated_weight():
+    """From real weights: each within the tolerance, and one rank less not, up to the 1e-8 noise of the profile."""
+    weights = {"q": gaussian(20, 20, seed=1), "up": gaussian(30, 12, seed=2), "down": gaussian(12, 30, seed=3)}
+    profiles = {name: SVDProfile(LinearShape(*w.shape), singular_values(w)) for name, w in weights.items()}
+    plan = allocate("pareto", profiles, Budget(tolerance=0.6))
+    for name, rank in plan.ranks.items():
+        assert reference.truncation_error(weights[name], rank) <= 0.6 + 3e-8
+        assert reference.truncation_error(weights[name], rank - 1) > 0.6 - 3e-8
+    assert len(plan.ranks) == 3
+
+
+def test_the_plan_depends_on_nothing_but_relative_spectra():
+    """Scale and rotations, which is all that inputs could do to a plan, change nothing; another spectrum does."""
+    weights = {"q": gaussian(12, 12, seed=4), "v": gaussian(12, 12, seed=5) * torch.logspace(0, -1.5, 12)}
+    turned = {
+        "q": 100.0 * weights["q"] @ orthonormal(12, 12, seed=6),
+        "v": 0.01 * orthonormal(12, 12, seed=7) @ weights["v"],
+    }
+    plain, moved, swapped = (
+        allocate(
+            "pareto",
+            {name: SVDProfile(LinearShape(12, 12), singular_values(w)) for name, w in found.items()},
+            Budget(parameter_reduction=0.4),
+        ).ranks
+        for found in (weights, turned, {"q": weights["v"], "v": weights["q"]})
+    )
+    assert plain == moved
+    assert swapped == {"q": plain["v"], "v": plain["q"]} != plain
+
+
+def twelves(**ratios: float) -> dict[str, SVDProfile]:
+    """12 × 12 layers with geometric spectra."""
+    values = {name: ratio ** torch.arange(12, dtype=torch.float64) for name, ratio in ratios.items()}
+    return {name: SVDProfile(LinearShape(12, 12), found) for name, found in values.items()}
+
+
+def test_pareto_has_a_smaller_worst_error_than_uniform_where_spectra_differ():
+    profiles = twelves(flat=0.95, steep=0.4)
+    options = options_of(profiles, 1)
+    pareto, uniform = (
+        max(o.error for o in choice(allocate(name, profiles, Budget(parameter_reduction=0.4)), options).values())
+        for name in ("pareto", "uniform")
+    )
+    assert uniform > 1.8 * pareto
+
+
+def surrogate(profiles: dict[str, SVDProfile], percent: int) -> tuple[float, float]:
+    """Σ e_l of PGSVD's plan, and the least of all combinations."""
+    options = options_of(profiles, 1)
+    plan = allocate("pareto", profiles, Budget(parameter_reduction=percent / 100))
+    limit = reference.budget(dict.fromkeys(profiles, (12, 12)), f"0.{percent:02d}")
+    total = math.fsum(option.error for option in choice(plan, options).values())
+    return total, reference.least_total_error(options, limit)
+
+
+@pytest.mark.parametrize("percent", range(0, 80, 4))
+def test_one_tolerance_is_optimal_for_the_surrogate_of_theorem_2(percent):
+    """Equal convex profiles."""
+    total, least = surrogate(twelves(q=0.4, k=0.4, v=0.4), percent)
+    assert total == pytest.approx(least, rel=1e-12, abs=0)
+
+
+def test_one_tolerance_is_not_optimal_outside_theorem_2():
+    """The control: spectra so flat that the step to dense breaks the convexity; some layers dense would be better."""
+    total, least = surrogate(twelves(q=0.8, k=0.8, v=0.8), 20)
+    assert total > 1.3 * least
+
+
+# The baseline: one fraction
+
+
+@many
+@given(shapes_of_layers, seeds, reductions, multiples)
+def test_uniform_is_the_largest_plan_of_one_fraction(shapes, seed, reduction, rank_multiple):
+    """Among layers no two of which tie; those of equal fractions are stepped in order and tested below."""
+    fractions = [m * n / (m + n) for m, n in shapes.values()]
+    assume(len(set(fractions)) == len(fractions))
+    profiles = profiles_of(shapes, seed)
+    options = options_of(profiles, rank_multiple)
+    steps = [o.parameters / layer[-1].parameters for layer in options.values() for o in layer[1:]]
+    assume(len({round(step, 12) for step in steps}) == len(steps) or len(shapes) == 1)
+    plan = try_reduction("uniform", profiles, reduction, rank_multiple)
+    expected = reference.one_fraction_for_all(shapes, rank_multiple, reference.budget(shapes, reduction))
+    assert (plan and plan.ranks) == (expected and {n: o.rank for n, o in expected.items() if o.rank is not None})
+
+
+@many
+@given(shapes_of_layers, seeds, reductions, multiples)
+def test_uniform_keeps_fractions_equal_within_one_rank_step(shapes, seed, reduction, rank_multiple):
+    profiles = profiles_of(shapes, seed)
+    options = options_of(profiles, rank_multiple)
+    plan = try_reduction("uniform", profiles, reduction, rank_multiple)
+    assume(plan is not None)
+    chosen = choice(plan, options)
+    for name, option in chosen.items():
+        step = next_up(option, options[name])
+        for other, reached in chosen.items():
+            climbed = reached is not options[other][0]
+            if step is not None and climbed:
+                fraction = reached.parameters / options[other][-1].parameters
+                assert fraction <= step.parameters / options[name][-1].parameters + 1e-12
+
+
+def test_uniform_ignores_profiles_and_takes_no_tolerance():
+    shapes = {"q": LinearShape(8, 8), "k": LinearShape(4, 8)}
+    assert ALLOCATIONS["uniform"](shapes, {}, Budget(parameter_reduction=0.5), 1).ranks == {"q": 2, "k": 1}
+    with pytest.raises(ConfigError, match="takes parameter_reduction, not tolerance; use allocation='pareto'"):
+        ALLOCATIONS["uniform"](shapes, {}, Budget(tolerance=0.1), 1)
+
+
+# Names
+
+
+def test_an_unknown_allocation_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="allocation='greedy' is not known; known are .*pareto.*uniform"):
+        ALLOCATIONS["greedy"]
+    assert ALLOCATIONS.trait("pareto", "needs_profiles")
+    assert not ALLOCATIONS.trait("uniform", "needs_profiles")
