@@ -40,7 +40,7 @@ def model_card(model: Any, report: CompressionReport, name: str = "path/or/user/
     Returns:
         The card; its metadata names the base model only where that is a name on the Hub.
     """
-    base = getattr(report, "base_model", base_model(model))
+    base = report.base_model
     pipeline = next((tag for end, tag in PIPELINE_TAGS.items() if type(model).__name__.endswith(end)), None)
     data = ModelCardData(
         library_name="transformers",

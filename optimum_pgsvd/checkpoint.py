@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import NotASafetensorsRepoError
+from huggingface_hub.errors import EntryNotFoundError, NotASafetensorsRepoError
 from safetensors import safe_open
 
 from .config import PGSVDConfig
@@ -100,8 +100,19 @@ def read_contents(source: str | os.PathLike, **hub: Any) -> CheckpointContents:
     sizes: dict[str, int] = {}
     for shape, dtype in tensors.values():
         sizes[dtype] = sizes.get(dtype, 0) + numel(shape)
-    report = CompressionReport.load(name) if os.path.exists(os.path.join(name, REPORT_NAME)) else None
+    report = read_report(name, **hub)
     return CheckpointContents(config, factors, sum(sizes.values()), sizes, report)
+
+
+def read_report(name: str, **hub: Any) -> CompressionReport | None:
+    """The report beside a checkpoint, `None` where there is none."""
+    if os.path.isdir(name):
+        return CompressionReport.load(name) if os.path.exists(os.path.join(name, REPORT_NAME)) else None
+    try:
+        path = HfApi(library_name="optimum-pgsvd").hf_hub_download(name, REPORT_NAME, **hub)
+    except EntryNotFoundError:
+        return None
+    return CompressionReport.load(os.path.dirname(path))
 
 
 def read_config(name: str, **hub: Any) -> PGSVDConfig:

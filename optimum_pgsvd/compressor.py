@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .calibration import load_calibration_set
+from .card import base_model
 from .config import PGSVDConfig
 from .factoring import Clock, factor, refuse_offloaded
 from .planning import check_request, plan_ranks
@@ -85,6 +86,7 @@ class PGSVDCompressor(OptimumQuantizer):
             {"batches": len(batches), "tokens": max((layer.tokens for layer in layers), default=0)},
             tuple(notes),
             environment(),
+            base_model(model),
         )
         attach_artifacts(model, report, tokenizer or self.config.tokenizer)
         return report

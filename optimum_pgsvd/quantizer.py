@@ -33,12 +33,20 @@ class PGSVDQuantizer(LowRankQuantizer):
                 "device_map=None, save it, and reload the compressed model with any device_map"
             )
 
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        from .saving import remember_commit
+
+        remember_commit(model, checkpoint_files)
+        return super()._process_model_before_weight_loading(model, **kwargs)
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from .compressor import PGSVDCompressor
         from .saving import attach_artifacts, load_report
 
         if self.pre_quantized:
-            attach_artifacts(model, load_report(model.name_or_path))
+            attach_artifacts(model, load_report(model.name_or_path, revision=model.pgsvd_commit))
             return model
         del model.config.quantization_config
         model.is_quantized = False

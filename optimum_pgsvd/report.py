@@ -78,6 +78,7 @@ class CompressionReport:
         calibration: what the model was measured on.
         notes: anything out of the ordinary.
         environment: versions.
+        base_model: name on the Hub of the model that was compressed, if it came from there.
     """
 
     layers: tuple[LayerReport, ...]
@@ -89,6 +90,7 @@ class CompressionReport:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    base_model: str | None = None
 
     @classmethod
     def of_plan(

@@ -14,8 +14,11 @@ import base64
 import hashlib
 import hmac
 import json
+import os
 import re
 import secrets
+import subprocess
+import sys
 import threading
 import traceback
 from collections import Counter
@@ -402,6 +405,20 @@ class HubServer:
             "NO_PROXY": "*",
             "no_proxy": "*",
         }
+
+    def run(self, *command: str, home: str | Path, token: str | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a command that uses this Hub through the environment only.
+
+        Args:
+            command: Arguments of a new, isolated Python.
+            home: Folder for the client's cache and settings.
+            token: Token to use, None for an anonymous client.
+
+        Returns:
+            The process, ended.
+        """
+        env = {**os.environ, **self.env(home, token)}
+        return subprocess.run([sys.executable, "-I", *command], env=env, capture_output=True, text=True)
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """The files of a repository.

@@ -4,11 +4,8 @@ import base64
 import hashlib
 import io
 import json
-import os
 import random
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,9 +154,7 @@ def post_commit(hub: HubServer, key: str, value: dict) -> httpx.Response:
 
 def run_python(code: str, hub: HubServer, home: Path, token: str | None = "hf_alice") -> str:
     """Run code in a process that uses the Hub through the environment only, and return what it prints."""
-    command = [sys.executable, "-c", code]
-    env = {**os.environ, **hub.env(home, token)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = hub.run("-c", code, home=home, token=token)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -483,7 +478,8 @@ def test_unknown_routes_are_recorded(hub: HubServer, api: HfApi) -> None:
     hub.unhandled.clear()
 
 
-def test_stops_cleanly(capfd: pytest.CaptureFixture[str]) -> None:
+def test_stops_cleanly(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     before = set(threading.enumerate())
     with HubServer(USERS) as hub:
         assert get_session().get(f"{hub.endpoint}/api/whoami-v2").status_code == 401
