@@ -145,7 +145,8 @@ def speed_line(rows: list[dict[str, Any]]) -> str:
             same = {"method": "PGSVD", "reduction": row["reduction"], "seed": row["seed"]}
             other = next(r for r in rows if same.items() <= r.items())
             ratios.append(row["seconds_factoring"] / other["seconds_factoring"])
-    return f"Factoring with ALS takes {statistics.median(ratios):.2f} × the time of the closed form (median of {len(ratios)})."
+    median = statistics.median(ratios)
+    return f"Factoring with ALS takes {median:.2f} × the time of the closed form (median of {len(ratios)})."
 
 
 def write_tables(result: dict[str, Any]) -> None:

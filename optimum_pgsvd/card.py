@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from collections.abc import Mapping
 from typing import Any
 
@@ -139,3 +140,21 @@ def self_contained(config: Any) -> str:
     if config.get("self_contained"):
         return "Without it, `trust_remote_code=True` runs the loading code that this repository carries."
     return "Without it, loading stops with an error."
+
+
+def with_tags(card: str, tags: Iterable[str]) -> str:
+    """The text of a card with these tags among its own; a card that has them all stays as it is, byte for byte."""
+    parsed = ModelCard(card)
+    data: Any = parsed.data
+    old = data.tags or []
+    new = [tag for tag in dict.fromkeys(tags) if tag not in old]
+    if not new:
+        return card
+    data.tags = [*old, *new]
+    return str(parsed)
+
+
+def read_text(path: str) -> str:
+    """A text file as it is, line ends included."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read()

@@ -4,29 +4,41 @@ self-contained checkpoints.
 
 from __future__ import annotations
 
+import glob
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from . import modeling_pgsvd
-from .card import CARD_NAME, MARKER, model_card
+from .card import CARD_NAME, MARKER, model_card, read_text
+from .hub import SHARD, destination, upload
 from .report import REPORT_NAME, CompressionReport
-from .version import __version__
 
 
 logger = logging.get_logger(__name__)
 
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# What tokenizers, feature extractors and processors save, by whatever class; they are copied, not loaded, so that none
+# is lost where a class cannot be imported.
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "normalizer.json",
+    "*.model",
+    "*.tiktoken",
+    "*processor_config.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
 
 # What `save_pretrained(push_to_hub=True)` takes for the Hub.
 HUB_OPTIONS = ("private", "revision", "create_pr", "commit_message", "commit_description", "tags")
@@ -137,8 +149,7 @@ def write_artifacts(model: PreTrainedModel, folder: str | os.PathLike, token: bo
         path = os.path.join(folder, CARD_NAME)
         if not os.path.exists(path) or MARKER in read_text(path):
             model_card(model, model.pgsvd_report).save(path)
-    if (tokenizer := find_tokenizer(model, token)) is not None:
-        tokenizer.save_pretrained(folder)
+    save_tokenizer(model, folder, token)
     if model.config.quantization_config.self_contained:
         shutil.copyfile(modeling_pgsvd.__file__, os.path.join(folder, "modeling_pgsvd.py"))
 
@@ -159,23 +170,30 @@ def commit_of(model: PreTrainedModel) -> str | None:
     return getattr(model, "pgsvd_commit", None)
 
 
-def find_tokenizer(model: PreTrainedModel, token: bool | str | None = None) -> Any:
-    """The tokenizer or processor to save: the one given, else that of the place the model was loaded from."""
-    source, hub = model.pgsvd_tokenizer, {"token": token}
+def save_tokenizer(model: PreTrainedModel, folder: str | os.PathLike, token: bool | str | None = None) -> None:
+    """Save the tokenizer or processor that was given, else copy the files of the place the model was loaded from."""
+    source, revision = model.pgsvd_tokenizer, None
     if source is None:
-        source, hub = getattr(model, "name_or_path", None), {"token": token, "revision": commit_of(model)}
-    if source is None or not isinstance(source, (str, os.PathLike)):
-        return source
-    if not str(source):
-        return None
-    from transformers import AutoProcessor, AutoTokenizer
-
-    for auto in (AutoProcessor, AutoTokenizer):
+        source, revision = getattr(model, "name_or_path", None), commit_of(model)
+    if source is not None and not isinstance(source, (str, os.PathLike)):
+        source.save_pretrained(folder)
+    elif source:
         try:
-            return auto.from_pretrained(source, **{key: value for key, value in hub.items() if value is not None})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
-            continue
-    return None
+            copy_tokenizer(os.fspath(source), folder, revision=revision, token=token)
+        except (OSError, ValueError) as error:
+            logger.warning(f"No tokenizer could be read from {source}; save one beside the model. {error}")
+
+
+def copy_tokenizer(source: str, folder: str | os.PathLike, **hub: Any) -> None:
+    """Copy the tokenizer and processor files of a folder or of a model on the Hub, as they are."""
+    patterns = list(TOKENIZER_FILES)
+    place = source if os.path.isdir(source) else str(snapshot_download(source, allow_patterns=patterns, **hub))
+    for pattern in TOKENIZER_FILES:
+        for path in glob.glob(os.path.join(glob.escape(place), pattern)):
+            target = os.path.join(folder, os.path.relpath(path, place))
+            if not (os.path.exists(target) and os.path.samefile(path, target)):
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                shutil.copyfile(path, target)
 
 
 def load_report(source: str | os.PathLike | None, **hub: Any) -> CompressionReport | None:
@@ -218,115 +236,3 @@ def remove_other_layout(folder: str | os.PathLike) -> None:
     other = os.path.join(folder, SAFE_WEIGHTS_NAME if sharded else SAFE_WEIGHTS_INDEX_NAME)
     if os.path.exists(other):
         os.remove(other)
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where on the Hub to push, and how.
-
-    Args:
-        api: client with a token.
-        repo_id: `"user/name"`.
-        commit: `revision`, `create_pr`, `commit_message` and `commit_description` of the commit.
-        tags: added to the card's.
-    """
-
-    api: HfApi
-    repo_id: str
-    commit: Mapping[str, Any]
-    tags: tuple[str, ...]
-
-
-def destination(
-    repo_id: str,
-    token: bool | str | None = None,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    tags: str | Iterable[str] | None = None,
-) -> Destination:
-    """Create repository and branch if need be, so that a push that may not be fails before anything is written.
-
-    Args:
-        repo_id: `"user/name"`, or a name among one's own.
-        token: of the Hub, by default the one logged in with.
-        private: whether a repository that is created here is private.
-        revision: branch to push to.
-        create_pr: open a pull request.
-        commit_message: title of the commit.
-        commit_description: text of the commit.
-        tags: to add to the card.
-
-    Returns:
-        The destination.
-    """
-    api = HfApi(library_name="optimum-pgsvd", library_version=__version__, token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not create_pr and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = {
-        "revision": revision,
-        "create_pr": create_pr,
-        "commit_message": commit_message or "Upload PGSVD model",
-        "commit_description": commit_description,
-    }
-    return Destination(api, repo_id, commit, (tags,) if isinstance(tags, str) else tuple(tags or ()))
-
-
-def upload(model: PreTrainedModel, folder: str | os.PathLike, files: Iterable[str], to: Destination) -> Any:
-    """Push files of a folder and the card in one commit, which also drops the weights that they replace."""
-    present = to.api.list_repo_files(to.repo_id, revision=to.commit["revision"])
-    files = sorted({*files} - {CARD_NAME})
-    added = [CommitOperationAdd(path, os.path.join(folder, path)) for path in files]
-    card = card_to_push(model, folder, to, CARD_NAME in present)
-    if card is not None:
-        added.append(CommitOperationAdd(CARD_NAME, card.encode()))
-    dropped = [CommitOperationDelete(path) for path in stale_weights(present, files)]
-    return to.api.create_commit(to.repo_id, [*added, *dropped], **to.commit)
-
-
-def stale_weights(present: Iterable[str], pushed: Iterable[str]) -> list[str]:
-    """Weight files of a repository that would be loaded in the stead of, or lie idle beside, those being pushed."""
-    single, index, pushed = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, {*pushed}
-    if not pushed & {single, index}:
-        return []
-    return sorted(name for name in {*present} - pushed if name in (single, index) or SHARD.fullmatch(name))
-
-
-def card_to_push(model: PreTrainedModel, folder: str | os.PathLike, to: Destination, present: bool) -> str | None:
-    """The text of the card to push, `None` where there is nothing to change.
-
-    A card that someone edited stays, the Hub's before the folder's; any other is written anew.
-    """
-    if present:
-        remote = read_text(to.api.hf_hub_download(to.repo_id, CARD_NAME, revision=to.commit["revision"]))
-        if MARKER not in remote:
-            tagged = with_tags(remote, to.tags)
-            return tagged if tagged != remote else None
-    path = os.path.join(folder, CARD_NAME)
-    if os.path.exists(path) and MARKER not in (local := read_text(path)):
-        return with_tags(local, to.tags)
-    if model.pgsvd_report is None:
-        return None
-    return with_tags(str(model_card(model, model.pgsvd_report, to.repo_id)), to.tags)
-
-
-def with_tags(card: str, tags: Iterable[str]) -> str:
-    """The text of a card with these tags among its own; a card that has them all stays as it is, byte for byte."""
-    parsed = ModelCard(card)
-    data: Any = parsed.data
-    old = data.tags or []
-    new = [tag for tag in dict.fromkeys(tags) if tag not in old]
-    if not new:
-        return card
-    data.tags = [*old, *new]
-    return str(parsed)
-
-
-def read_text(path: str) -> str:
-    """A text file as it is, line ends included."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return file.read()

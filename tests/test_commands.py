@@ -103,7 +103,10 @@ def test_ranks_from_a_file(dense, corpus, tmp_path):
         ([], "exactly one of"),
         (["--parameter-reduction", "0.2", "--solver", "qr"], "known are als, eigh, svd"),
         (["--parameter-reduction", "0.2", "--group", "*.mlp.*", "half"], "write tolerance=0.3"),
-        (["--parameter-reduction", "0.2", "--solver", "svd", "--modules-to-not-convert", "nothing"], "'nothing' matches no linear layer"),
+        (
+            ["--parameter-reduction", "0.2", "--solver", "svd", "--modules-to-not-convert", "nothing"],
+            "'nothing' matches no linear layer",
+        ),
         (["--parameter-reduction", "0.2"], "needs calibration data"),
         (["--parameter-reduction", "0.2", "--dataset", "absent.jsonl"], "absent.jsonl does not exist"),
     ],

@@ -133,8 +133,11 @@ class CompressCommand(_Command):
     def work(self, args: Any) -> None:
         """Compress on load, save, and push if asked to."""
         from ..checkpoint import new_folder
+        from ..hub import destination
 
         config = config_of(args)
+        if args.push_to_hub:
+            destination(args.push_to_hub, private=args.private or None)
         with new_folder(args.output, args.overwrite) as folder:
             model = load_model(args, config)
             model.save_pretrained(folder, max_shard_size=args.max_shard_size)
