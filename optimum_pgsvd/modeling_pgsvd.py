@@ -175,6 +175,11 @@ class LowRankQuantizer(HfQuantizer):
             check_factors_while_loading(model)
         return model
 
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.pre_quantized:
+            raise_for(misshapen_factors(model))
+        return model
+
     def get_state_dict_and_metadata(self, model):
         """The state to save, with the ranks brought up to date and a tripwire for every layer.
 
@@ -270,13 +275,29 @@ def check_factors_while_loading(model: Any) -> None:
         problems = factor_problems(model, loading_info)
         if problems:
             loading_info.mismatched_keys.clear()
-            raise RuntimeError(
-                "the PGSVD checkpoint and the ranks in its config.json do not agree:\n  "
-                + "\n  ".join(problems)
-                + "\nThe checkpoint is damaged or was edited; save or download it again."
-            )
+        raise_for(problems)
 
     model._adjust_missing_and_unexpected_keys = settle_and_check
+
+
+def raise_for(problems: list[str]) -> None:
+    """Raise `RuntimeError` where a checkpoint's factors have problems."""
+    if problems:
+        raise RuntimeError(
+            "the PGSVD checkpoint and the ranks in its config.json do not agree:\n  "
+            + "\n  ".join(problems)
+            + "\nThe checkpoint is damaged or was edited; save or download it again."
+        )
+
+
+def misshapen_factors(model: nn.Module) -> list[str]:
+    """Factors that were loaded in another shape than their layer's, as transformers before 5.19 lets pass."""
+    return [
+        f"misshapen factor: {name}.{side}.weight is {tuple(factor.weight.shape)}, its rank asks for {expected}"
+        for name, layer in low_rank_layers(model).items()
+        for side, factor in (("left", layer.left), ("right", layer.right))
+        if tuple(factor.weight.shape) != (expected := (factor.out_features, factor.in_features))
+    ]
 
 
 def factor_problems(model: nn.Module, loading_info) -> list[str]:

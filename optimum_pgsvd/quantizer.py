@@ -45,6 +45,7 @@ class PGSVDQuantizer(LowRankQuantizer):
         from .compressor import PGSVDCompressor
         from .saving import attach_artifacts, load_report
 
+        super()._process_model_after_weight_loading(model, **kwargs)
         if self.pre_quantized:
             attach_artifacts(model, load_report(model.name_or_path, revision=model.pgsvd_commit))
             return model
