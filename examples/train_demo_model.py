@@ -1,7 +1,7 @@
 """Train the small Llama of the demo, and its tokenizer, from local text on a CPU.
 
 The model learns short stories for children and some older English prose, enough to have a perplexity worth measuring
-before and after compression. The stories are few, so each is read about twelve times; each book is read about once.
+before and after compression. The stories are few, so each is read about eleven times; each book is read about once.
 """
 
 import argparse
