@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -178,11 +178,7 @@ def _reasons(model: nn.Module) -> dict[str, str]:
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     heads = _output_heads(model)
     for name, module in model.named_modules():
-        experts = _number_of_experts(module)
-        for child_name, child in module.named_children() if experts else ():
-            weight = getattr(child, "weight", None)
-            if weight is not None and weight.dim() == 2 and weight.shape[0] == experts:
-                reasons[f"{name}.{child_name}" if name else child_name] = "router"
+        reasons |= dict.fromkeys((".".join(filter(None, (name, router))) for router in _routers(module)), "router")
         if isinstance(module, nn.MultiheadAttention):
             reasons |= {
                 f"{name}.{inner}": "inside nn.MultiheadAttention" for inner, _ in module.named_modules() if inner
@@ -209,14 +205,30 @@ def _fused_experts(module: nn.Module) -> bool:
     return "expert" in type(module).__name__.lower() and any(p.dim() == 3 for p in module.parameters(recurse=False))
 
 
-def _number_of_experts(module: nn.Module) -> int:
-    """Experts held by a child of a module, 0 where there are none; its router has as many outputs."""
+def _routers(module: nn.Module) -> list[str]:
+    """What chooses between experts: all of a router; beside experts, a lone matrix with as many outputs as those."""
+    if "router" in type(module).__name__.lower():
+        return list(_matrices(module))
+    experts = _numbers_of_experts(module)
+    beside = [_matrices(child, name) for name, child in module.named_children() if experts and name not in experts]
+    return [name for inner in beside if len(inner) == 1 for name, w in inner.items() if len(w) in experts.values()]
+
+
+def _matrices(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The weights with two dimensions in a module, by the name of their owner."""
+    weights = {name: getattr(inner, "weight", None) for name, inner in module.named_modules(prefix=prefix)}
+    return {name: w for name, w in weights.items() if isinstance(w, Tensor) and w.dim() == 2}
+
+
+def _numbers_of_experts(module: nn.Module) -> dict[str, int]:
+    """How many experts each child of a module holds, for the children that hold any."""
+    numbers = {}
     for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList) and name.endswith("experts"):
-            return len(child)
-        if _fused_experts(child):
-            return max(p.shape[0] for p in child.parameters(recurse=False) if p.dim() == 3)
-    return 0
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and name.endswith("experts"):
+            numbers[name] = len(child)
+        elif _fused_experts(child):
+            numbers[name] = max(p.shape[0] for p in child.parameters(recurse=False) if p.dim() == 3)
+    return numbers
 
 
 def _check_patterns(field: str, patterns: Iterable[str], candidates: list[str], skipped: dict[str, str]) -> None:

@@ -226,4 +226,24 @@ ALL = (
 
 FAMILIES = {family.name: family for family in ALL}
 
+# Each with a way of its own: blocks that are handed no mask, a head of two layers, no cache of keys and values.
+ODD = {
+    "rwkv": text_family(
+        "rwkv",
+        hf.RwkvForCausalLM,
+        hf.RwkvConfig,
+        **SPECIAL,
+        hidden_size=32,
+        attention_hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+    ),
+    "bert_decoder": text_family(
+        "bert_decoder", hf.BertLMHeadModel, hf.BertConfig, **SPECIAL, **SIZES, **POSITIONS, is_decoder=True
+    ),
+    "openai_gpt": text_family(
+        "openai_gpt", hf.OpenAIGPTLMHeadModel, hf.OpenAIGPTConfig, **GPT, n_embd=32, n_positions=64
+    ),
+}
+
 each_family = pytest.mark.parametrize("family", ALL, ids=list(FAMILIES))

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 class PaddingMask:
     """Leaves padding out of layer inputs, for the batch and the block that are running.
 
-    A tower that is not handed an attention mask has no padding: only blocks that are given one are masked, and of an
-    encoder-decoder's blocks the encoder states by the encoder's mask, everything else by the decoder's.
+    A tower that reads no tokens has no padding, unless its blocks are handed an attention mask. In an encoder-decoder
+    the encoder states are masked by the encoder's mask, everything else in its decoder by the decoder's.
     """
 
     def __init__(self) -> None:
@@ -29,12 +30,12 @@ class PaddingMask:
         self._decoder = _padded(batch.get("decoder_attention_mask"))
         self.leave_block()
 
-    def enter_block(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Choose the mask of a block by the arguments it is called with."""
+    def enter_block(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any], of_tokens: bool) -> None:
+        """Choose the mask of a block by the arguments it is called with; see `reads_tokens`."""
         given = inspect.signature(block.forward).bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         self._encoder_states = given.get("encoder_hidden_states")
-        masked = any("mask" in name and value is not None for name, value in given.items())
+        masked = of_tokens or any("mask" in name and value is not None for name, value in given.items())
         self._main = (self._encoder if self._encoder_states is None else self._decoder) if masked else None
 
     def leave_block(self) -> None:
@@ -49,6 +50,14 @@ class PaddingMask:
         rows = x.reshape(-1, x.shape[-1])
         fitted = None if mask is None else _fitted(mask, x.shape[:-1])
         return rows if fitted is None else rows[fitted.to(rows.device).reshape(-1)]
+
+
+def reads_tokens(model: nn.Module, block: str) -> bool:
+    """Whether the innermost model around a block takes token ids, be its blocks handed their mask or not."""
+    parts = block.split(".")
+    around = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1))
+    inner = next((module for module in around if isinstance(module, PreTrainedModel)), None)
+    return inner is not None and inner.main_input_name == "input_ids"
 
 
 def _fitted(mask: Tensor, shape: torch.Size) -> Tensor | None:

@@ -43,15 +43,16 @@ def sample_from_model(model: Any, num_samples: int, length: int, batch_size: int
         while len(windows) < num_samples:
             count = min(batch_size, num_samples - len(windows))
             tokens, cache = _first_tokens(config, count, generator), None
-            sequence = [tokens]
             for _ in range(length - 1):
-                output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                # Without a cache of keys and values, as some models are, they read everything anew.
+                output = model(
+                    input_ids=tokens if cache is None else tokens[:, -1:], past_key_values=cache, use_cache=True
+                )
+                cache = getattr(output, "past_key_values", None)
                 drawn = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)
-                tokens = _begin_after_end(drawn, tokens, config)
-                sequence.append(tokens)
+                tokens = torch.cat([tokens, _begin_after_end(drawn, tokens[:, -1:], config)], dim=1)
                 progress.update(count)
-            windows += torch.cat(sequence, dim=1).cpu()
+            windows += tokens.cpu()
             progress.update(count)
     return windows
 

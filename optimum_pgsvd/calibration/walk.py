@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,8 @@ from transformers import Cache
 from transformers.utils import logging
 
 from ..errors import CalibrationError, PGSVDError
-from .padding import PaddingMask
+from .gram import InputObserver
+from .padding import PaddingMask, reads_tokens
 from .version import version
 
 
@@ -55,24 +56,30 @@ class BlockWalk:
     def __init__(self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Mapping[str, Any]]):
         self.model, self.batches = model, batches
         self.modules = {name: model.get_submodule(name) for name in blocks}
+        self._of_tokens = {name: reads_tokens(model, name) for name in blocks}
         self.blocks: list[str] = []
         self.padding = PaddingMask()
         self._calls: list[list[_Call]] = []
         self._outputs: list[dict[_Output, Tensor]] = []
 
-    def capture(self, observers: Iterable[AbstractContextManager]) -> None:
+    def capture(self, observers: Sequence[InputObserver]) -> None:
         """Run the dense model over the calibration set, under the observers.
+
+        Where all they look at lies in the blocks, a language model need not compute the logits of every token.
 
         Raises:
             CalibrationError: the model does not accept a batch.
         """
+        inside = tuple(f"{name}." for name in self.modules)
+        whole = any(not layer.startswith(inside) for observer in observers for layer in observer.layers)
         with ExitStack() as stack:
-            for observer in (evaluating(self.model), *observers):
+            stack.enter_context(evaluating(self.model))
+            for observer in observers:
                 stack.enter_context(observer)
             for number, batch in enumerate(logging.tqdm(self.batches, desc="Calibrating", unit="batch", disable=None)):
                 with _Capture(self) as capture:
                     self.padding.start_batch(batch)
-                    _forward(self.model, batch, number)
+                    _forward(self.model, batch, number, whole)
                 self._calls.append(capture.calls)
         self._outputs = [{} for _ in self.batches]
 
@@ -87,11 +94,15 @@ class BlockWalk:
                 for index, call in enumerate(calls):
                     if call.block == block:
                         args, kwargs = _arguments(call, outputs, device)
-                        self.padding.enter_block(module, args, kwargs)
+                        self.enter(block, args, kwargs)
                         for leaf, value in enumerate(pytree.tree_leaves(module(*args, **kwargs))):
                             if _Output(index, leaf) in needed:
                                 outputs[_Output(index, leaf)] = value
                 self._forget(calls, outputs, stage)
+
+    def enter(self, block: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Tell the padding mask which block comes next."""
+        self.padding.enter_block(self.modules[block], args, kwargs, self._of_tokens[block])
 
     def _forget(self, calls: list[_Call], outputs: dict[_Output, Tensor], stage: int) -> None:
         """Drop the arguments of the block just run, and the outputs that no later block takes."""
@@ -130,7 +141,7 @@ class _Capture(AbstractContextManager):
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if name not in self.walk.blocks:
                 self.walk.blocks.append(name)
-            self.walk.padding.enter_block(module, args, kwargs)
+            self.walk.enter(name, args, kwargs)
             leaves, spec = pytree.tree_flatten((args, kwargs))
             self.calls.append(_Call(name, tuple(self._link(name, leaf) for leaf in leaves), spec))
 
@@ -173,10 +184,10 @@ def _arguments(call: _Call, outputs: Mapping[_Output, Tensor], device: torch.dev
     return pytree.tree_unflatten(leaves, call.spec)
 
 
-def _forward(model: nn.Module, batch: Mapping[str, Any], number: int) -> None:
+def _forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: bool) -> None:
     device = next(model.parameters()).device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if not whole and "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs.setdefault("logits_to_keep", 1)
     try:
         model(**inputs)
