@@ -16,15 +16,13 @@ from .calibration import BlockWalk, GramRecorder, InputSurvey
 from .config import PGSVDConfig
 from .errors import CalibrationError, UnsupportedModelError
 from .linalg import relative_activation_error, relative_weight_error
+from .logs import warn
 from .planning import dense_weight
 from .replace import replace_linear
 from .report import LayerReport, planned_layers
 from .solvers import SOLVERS
 from .structures import RankPlan
 from .targets import Target, Targets
-
-
-logger = logging.get_logger(__name__)
 
 
 class Clock:
@@ -146,7 +144,7 @@ def check_coverage(survey: InputSurvey, targets: list[Target]) -> list[str]:
         f"{max(target.shape.in_features for target in thin)} features): their factors fit only what they saw; raise "
         "num_samples or sequence_length, or give more data"
     )
-    logger.warning(note)
+    warn(note)
     return [note]
 
 

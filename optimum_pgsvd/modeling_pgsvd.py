@@ -230,7 +230,9 @@ def model_names(model: nn.Module, ranks: dict, quantizer: HfQuantizer) -> dict[s
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    dense = {f"{name}.weight": True for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    dense = {
+        f"{name}.weight": True for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    }
     conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     names = {}

@@ -187,7 +187,7 @@ class CompressionReport:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=140)
+        console = Console(width=400)  # of the longest line; the table is as wide as its columns
         with console.capture() as capture:
             console.print(self.table())
         skipped = "".join(f"\nskipped {name}: {reason}" for name, reason in self.skipped.items())

@@ -13,16 +13,15 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from . import modeling_pgsvd
 from .card import CARD_NAME, MARKER, model_card, read_text
 from .hub import SHARD, destination, upload
+from .logs import warn
 from .report import REPORT_NAME, CompressionReport
 
-
-logger = logging.get_logger(__name__)
 
 # What tokenizers, feature extractors and processors save, by whatever class; they are copied, not loaded, so that none
 # is lost where a class cannot be imported.
@@ -143,7 +142,7 @@ def write_artifacts(model: PreTrainedModel, folder: str | os.PathLike, token: bo
     if model.pgsvd_report is None:
         model.pgsvd_report = load_report(model.name_or_path, revision=commit_of(model), token=token)
     if model.pgsvd_report is None:
-        logger.warning(f"No {REPORT_NAME} was found for {model.name_or_path}: it is saved without report and card.")
+        warn(f"No {REPORT_NAME} was found for {model.name_or_path}: it is saved without report and card.")
     else:
         model.pgsvd_report.save(folder)
         path = os.path.join(folder, CARD_NAME)
@@ -181,7 +180,7 @@ def save_tokenizer(model: PreTrainedModel, folder: str | os.PathLike, token: boo
         try:
             copy_tokenizer(os.fspath(source), folder, revision=revision, token=token)
         except (OSError, ValueError) as error:
-            logger.warning(f"No tokenizer could be read from {source}; save one beside the model. {error}")
+            warn(f"No tokenizer could be read from {source}; save one beside the model. {error}")
 
 
 def copy_tokenizer(source: str, folder: str | os.PathLike, **hub: Any) -> None:
@@ -212,7 +211,7 @@ def load_report(source: str | os.PathLike | None, **hub: Any) -> CompressionRepo
     except OSError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning(f"The {REPORT_NAME} of {source} is damaged and is left out: {error!r}")
+        warn(f"The {REPORT_NAME} of {source} is damaged and is left out: {error!r}")
         return None
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -190,9 +191,26 @@ def _reasons(model: nn.Module) -> dict[str, str]:
                 reasons[name] = "output head"
             elif owners[id(module.weight)] > 1:
                 reasons[name] = "tied weight"
-            elif type(module) not in LINEAR_TYPES:
-                reasons[name] = f"a subclass of Linear, {type(module).__name__}, may not be replaced"
+            elif type(module) not in LINEAR_TYPES and not acts_as_linear(module):
+                reasons[name] = f"{type(module).__name__}, a subclass of Linear that does more than a linear"
     return reasons
+
+
+@torch.no_grad()
+def acts_as_linear(module: Any) -> bool:
+    """Whether a subclass of Linear computes what a Linear with its weight and bias does, tried on random inputs."""
+    if module.weight.device.type == "meta":
+        return False
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(2, weight_shape(module).in_features, generator=generator).to(module.weight)
+    try:
+        outputs = module(probe)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):  # it wants other inputs
+        return False
+    expected = nn.functional.linear(probe, module.weight, module.bias)
+    same = isinstance(outputs, Tensor) and outputs.shape == expected.shape
+    # Two ways of one matrix product differ by roundings: some thousandths in half precision.
+    return same and bool(torch.allclose(outputs.float(), expected.float(), rtol=2e-2, atol=2e-2))
 
 
 def _output_heads(model: nn.Module) -> list[nn.Module]:

@@ -322,7 +322,6 @@ def test_the_seed_fixes_the_windows(kind: str, tmp_path) -> None:
 PADDED = {"input_ids": [[5, 6, 0, 0], [7, 8, 9, 0]], "attention_mask": [[1, 1, 0, 0], [1, 1, 1, 0]]}
 
 
-@pytest.mark.xfail(strict=True, reason="read_source leaves the attention mask aside")
 def test_padding_of_tokenized_rows_is_left_out() -> None:
     batches = load(datasets.Dataset.from_dict(PADDED))
     real = [[token for token, one in zip(*pair, strict=True) if one] for pair in real_or_masked(batches)]
@@ -335,7 +334,6 @@ def real_or_masked(batches: list[Batch]) -> Iterator[tuple[list[int], list[int]]
     yield from masked_rows(full)
 
 
-@pytest.mark.xfail(strict=True, reason="read_source takes rows of 1-D tensors for batches of model inputs")
 @pytest.mark.parametrize("columns", [["input_ids"], ["input_ids", "attention_mask"]], ids=str)
 def test_tokenized_rows_in_torch_format(columns: list[str]) -> None:
     table = datasets.Dataset.from_dict({"input_ids": WINDOWS, "attention_mask": [[1] * 4] * 6})

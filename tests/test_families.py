@@ -158,3 +158,15 @@ def test_two_runs_give_the_same_bytes(tmp_path):
         compressed(FAMILIES["llama"])[0].save_pretrained(tmp_path / run)
     a, b = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("a", "b"))
     assert a == b
+
+
+def test_falcon_whose_linears_are_a_subclass(tmp_path):
+    torch.manual_seed(0)
+    config = hf.FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    config.bos_token_id = config.eos_token_id = 1
+    model = hf.FalconForCausalLM(config).eval()
+    batch = {"input_ids": torch.randint(3, 100, (4, 20))}
+    report = PGSVDCompressor(PGSVDConfig(parameter_reduction=0.3, dataset=[batch])).compress(model)
+    assert len(report.layers) == 8
+    model.save_pretrained(tmp_path)
+    assert_same(model, hf.FalconForCausalLM.from_pretrained(tmp_path), batch)

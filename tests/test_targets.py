@@ -257,6 +257,16 @@ class Named(nn.Linear):
     """A linear with a life of its own."""
 
 
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Pairing(nn.Linear):
+    def forward(self, x, y):
+        return super().forward(x + y)
+
+
 class TopKRouter(nn.Module):
     """A router of several layers, known by its class."""
 
@@ -323,8 +333,12 @@ def test_one_module_in_two_places_is_tied() -> None:
 
 
 def test_subclass_of_linear() -> None:
-    targets = targets_of(stack_of(Block(proj=Named(8, 8))))
-    assert targets.skipped == {"layers.0.proj": "a subclass of Linear, Named, may not be replaced"}
+    """One that computes what a Linear does is a target; one that does more, or wants other inputs, is not."""
+    assert "layers.0.proj" in targets_of(stack_of(Block(proj=Named(8, 8)))).names
+    for more in (Doubling, Pairing):
+        targets = targets_of(stack_of(Block(proj=more(8, 8))))
+        reason = f"{more.__name__}, a subclass of Linear that does more than a linear"
+        assert targets.skipped == {"layers.0.proj": reason}
     assert targets.names == ("layers.0.dense",)
 
 

@@ -50,7 +50,7 @@ def read_batches(model: Any, config: PGSVDConfig, tokenizer: Any) -> Iterable[Ba
     if isinstance(config.dataset, str) and config.dataset == "self":
         windows: list[Tensor] = sample_from_model(model, config.num_samples, length, config.batch_size, config.seed)
         return stack(windows, config.batch_size)
-    examples: list[Any] = read_source(config.dataset, config.num_samples, config.seed)
+    examples: list[Any] = read_source(config.dataset, config.num_samples, length, config.seed)
     if not examples:
         raise CalibrationError("the calibration dataset is empty")
     if isinstance(examples[0], Mapping):
@@ -58,7 +58,7 @@ def read_batches(model: Any, config: PGSVDConfig, tokenizer: Any) -> Iterable[Ba
     if isinstance(examples[0], Tensor):
         windows = [window for example in examples for window in example.reshape(-1, example.shape[-1])]
         return stack(windows[: config.num_samples], config.batch_size)
-    tokenizer = load_tokenizer(tokenizer or config.tokenizer or getattr(model, "name_or_path", None))
+    tokenizer = load_tokenizer(tokenizer or config.tokenizer, model)
     length = config.sequence_length or min(length, getattr(tokenizer, "model_max_length", length))
     if is_causal(model):
         return stack(pack(examples, tokenizer, config.num_samples, length), config.batch_size)
@@ -77,8 +77,11 @@ def is_causal(model: Any) -> bool:
     return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 
-def load_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer, loaded if it is a name, taken out if it is part of a processor."""
+def load_tokenizer(tokenizer: Any, model: Any) -> Any:
+    """A tokenizer, taken out if it is part of a processor, loaded if it is a name; by default the model's own."""
+    revision = None
+    if tokenizer is None:
+        tokenizer, revision = getattr(model, "name_or_path", None), getattr(model, "pgsvd_commit", None)
     if not tokenizer:
         raise CalibrationError("texts need a tokenizer: give tokenizer=... with the config or to compress()")
     if not isinstance(tokenizer, (str, os.PathLike)):
@@ -86,7 +89,7 @@ def load_tokenizer(tokenizer: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(tokenizer)
+        return AutoTokenizer.from_pretrained(tokenizer, **({"revision": revision} if revision else {}))
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
             f"no tokenizer could be loaded from {str(tokenizer)!r}; give tokenizer=...: {error}"

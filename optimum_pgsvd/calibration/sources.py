@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
@@ -17,16 +16,30 @@ from ..errors import CalibrationError
 TEXT_COLUMN = "text"
 LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
-# Texts are joined into windows, so many short ones make one sample: from a stream, this many are read for each.
-EXAMPLES_PER_SAMPLE = 16
+# Texts are read until they are long enough for the tokens asked for, at this many characters a token: no tokenizer
+# makes fewer tokens of a text than that.
+CHARACTERS_PER_TOKEN = 16
+
+# Columns that say nothing a row of tokens does not say itself, once its padding is gone.
+TOKEN_COLUMNS = {
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "special_tokens_mask",
+    "length",
+    "overflow_to_sample_mapping",
+}
+
+Example = str | Tensor | Mapping[str, Any]
 
 
-def read_source(dataset: Any, num_samples: int, seed: int) -> list[str | Tensor | Mapping[str, Any]]:
-    """The examples of a dataset in an order fixed by the seed.
+def read_source(dataset: Any, num_samples: int, length: int, seed: int) -> list[Example]:
+    """The examples of a dataset in an order fixed by the seed, as many as are needed.
 
     Args:
         dataset: see `PGSVDConfig.dataset`.
-        num_samples: sequences wanted, a bound on what is read from a stream.
+        num_samples: sequences wanted.
+        length: tokens in a sequence.
         seed: of the order.
 
     Returns:
@@ -35,40 +48,49 @@ def read_source(dataset: Any, num_samples: int, seed: int) -> list[str | Tensor 
     Raises:
         CalibrationError: it cannot be read or holds something else.
     """
-    limit = num_samples * EXAMPLES_PER_SAMPLE
     if isinstance(dataset, (str, os.PathLike)):
-        examples = read_named(os.fspath(dataset), limit, seed)
+        examples = read_named(os.fspath(dataset), num_samples, length, seed)
     else:
-        examples = [normalised(example) for example in ordered(dataset, limit, seed)]
+        examples = take(ordered(dataset, seed), num_samples, length)
+        if not hasattr(dataset, "__len__") and not hasattr(dataset, "shuffle"):
+            random.Random(seed).shuffle(examples)
     kinds = {str if isinstance(e, str) else Tensor if isinstance(e, Tensor) else dict for e in examples}
     if len(kinds) > 1:
         raise CalibrationError("the dataset mixes texts, token tensors and model inputs; give one kind")
     return examples
 
 
-def ordered(dataset: Any, limit: int, seed: int) -> Iterable[Any]:
-    """The examples of a dataset in memory or of a stream, shuffled; at most `limit` of what has no length."""
+def take(examples: Iterable[Any], num_samples: int, length: int) -> list[Example]:
+    """The first examples that are enough for `num_samples` sequences of `length` tokens."""
+    taken: list[Example] = []
+    characters = 0
+    for example in map(normalised, examples):
+        taken.append(example)
+        characters += len(example) if isinstance(example, str) else CHARACTERS_PER_TOKEN * length
+        if len(taken) >= num_samples and characters >= CHARACTERS_PER_TOKEN * num_samples * length:
+            break
+    return taken
+
+
+def ordered(dataset: Any, seed: int) -> Iterable[Any]:
+    """The examples of a dataset in memory or of a stream, shuffled; a generator as it comes."""
     if hasattr(dataset, "shuffle") and hasattr(dataset, "column_names"):
-        return islice(dataset.shuffle(seed=seed), limit)
-    if isinstance(dataset, Mapping) or not isinstance(dataset, Iterable):
-        raise CalibrationError(
-            f"dataset is a {type(dataset).__name__}; give a list of texts, token tensors or model inputs, a "
-            "datasets.Dataset, a file, the name of a Hub dataset, or 'self'"
-        )
-    examples = list(islice(dataset, limit if not hasattr(dataset, "__len__") else None))
+        return dataset.shuffle(seed=seed)
+    if not hasattr(dataset, "__len__"):
+        return dataset
+    examples = list(dataset)
     random.Random(seed).shuffle(examples)
     return examples
 
 
-def read_named(name: str, limit: int, seed: int) -> list[str | Tensor | Mapping[str, Any]]:
+def read_named(name: str, num_samples: int, length: int, seed: int) -> list[Example]:
     """The examples of a local file or of a Hub dataset; whatever stops `datasets` is told with what to do."""
     path, options = locate(name)
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        stream = load_dataset(path, split="train", streaming=True, **options)
-        return [normalised(example) for example in ordered(stream, limit, seed)]
+        return take(ordered(load_dataset(path, split="train", streaming=True, **options), seed), num_samples, length)
     except CalibrationError:
         raise
     except DatasetNotFoundError as error:
@@ -91,6 +113,8 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
             raise CalibrationError(f"{name}: known file types are {', '.join(LOADERS)}")
         # A text file's examples are its paragraphs.
         return LOADERS[suffix], {"data_files": name} | ({"sample_by": "paragraph"} if suffix == ".txt" else {})
+    if os.path.isdir(name):
+        raise CalibrationError(f"the calibration dataset {name} is a folder; name a {', '.join(LOADERS)} file in it")
     if suffix in LOADERS or os.path.isabs(name):
         raise CalibrationError(f"the calibration file {name} does not exist")
     repository, _, configuration = name.partition(":")
@@ -102,7 +126,7 @@ def unreadable(name: str, error: Exception, remedy: str) -> CalibrationError:
     return CalibrationError(f"the dataset {name!r} cannot be read: {str(error).rstrip('.')}; {remedy}")
 
 
-def normalised(example: Any) -> str | Tensor | Mapping[str, Any]:
+def normalised(example: Any) -> Example:
     """An example as a text, a token tensor or model inputs."""
     if isinstance(example, str):
         return example
@@ -111,16 +135,29 @@ def normalised(example: Any) -> str | Tensor | Mapping[str, Any]:
     if isinstance(example, (list, tuple)) and example and all(isinstance(token, int) for token in example):
         return torch.tensor(example)
     if isinstance(example, Mapping) or hasattr(example, "keys"):
-        if isinstance(example.get(TEXT_COLUMN), str):
-            return example[TEXT_COLUMN]
-        if any(isinstance(value, Tensor) for value in example.values()):
-            return example
-        if isinstance(example.get("input_ids"), list):
-            return normalised(example["input_ids"])
-        raise CalibrationError(
-            f"an example has the columns {', '.join(example)}; give a {TEXT_COLUMN!r} column, 'input_ids', or model "
-            "inputs as tensors"
-        )
+        return normalised_row(example)
     raise CalibrationError(
         f"an example of the dataset is a {type(example).__name__}, not text, tokens or model inputs"
     )
+
+
+def normalised_row(row: Mapping[str, Any]) -> Example:
+    """A row of a dataset: its text, its tokens without their padding, or model inputs with a batch dimension."""
+    if isinstance(row.get(TEXT_COLUMN), str):
+        return row[TEXT_COLUMN]
+    values = {key: torch.tensor(v) if isinstance(v, list) and v and _numbers(v) else v for key, v in row.items()}
+    tokens = values.get("input_ids")
+    if isinstance(tokens, Tensor) and tokens.dim() == 1:
+        if set(values) <= TOKEN_COLUMNS:
+            return tokens[values["attention_mask"].bool()] if "attention_mask" in values else tokens
+        return {key: value[None] for key, value in values.items() if isinstance(value, Tensor)}
+    if any(isinstance(value, Tensor) for value in row.values()):
+        return row
+    raise CalibrationError(
+        f"an example has the columns {', '.join(row)}; give a {TEXT_COLUMN!r} column, 'input_ids', or model inputs as "
+        "tensors"
+    )
+
+
+def _numbers(values: list) -> bool:
+    return all(isinstance(value, int) for value in values)
