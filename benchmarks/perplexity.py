@@ -156,8 +156,14 @@ def write_tables(result: dict[str, Any]) -> None:
         for name, rows in result["models"].items():
             body = table(rows)
             if document.name == "results.md":
-                tokens = rows[0]["evaluation_tokens"], rows[-1]["calibration_tokens"]
-                body += f"\n\n{tokens[0]:,} evaluation tokens, {tokens[1]:,} calibration tokens. {speed_line(rows)}"
+                read, sampled = (
+                    next(row["calibration_tokens"] for row in rows if row["method"] == method)
+                    for method in ("PGSVD", "PGSVD, text sampled from the model")
+                )
+                body += (
+                    f"\n\n{rows[0]['evaluation_tokens']:,} evaluation tokens; calibrated on {read:,} tokens of text,"
+                )
+                body += f" or {sampled:,} sampled ones. {speed_line(rows)}"
             pattern = rf"(<!-- perplexity:{name} -->\n).*?(<!-- end -->)"
             text = re.sub(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)
         document.write_text(text, encoding="utf-8")
