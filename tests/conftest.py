@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+from models import FAMILIES
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -48,3 +49,12 @@ def data_dir() -> Path:
     if not (Path(folder) / "models").is_dir():
         pytest.fail(f"PGSVD_DATA={folder} has no folder 'models'")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory, tokenizer) -> Path:
+    """A dense Llama with its tokenizer, saved; tests must not change it."""
+    folder = tmp_path_factory.mktemp("dense")
+    FAMILIES["llama"].build().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import FAMILIES
 
 from optimum_pgsvd import CheckpointError, CompressionReport
 from optimum_pgsvd.checkpoint import new_folder, read_contents
@@ -21,14 +20,6 @@ def run(*arguments, expect=0):
     done = subprocess.run([CLI, "pgsvd", *map(str, arguments)], capture_output=True, text=True, env=environment)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("dense")
-    FAMILIES["llama"].build().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import textwrap
 
 import pytest
 import torch
-from models import FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,14 +23,6 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 """
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("dense")
-    FAMILIES["llama"].build().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
