@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -67,6 +68,42 @@ def test_stock_pipeline_in_a_fresh_process_without_importing_the_package(checkpo
     assert "generated: " in printed
     assert "LOAD REPORT" not in printed
     assert "Warning" not in printed
+
+
+def test_every_dtype_is_bit_equal_in_a_fresh_process(dense, texts, tmp_path):
+    for dtype in (torch.bfloat16, torch.float16):
+        config = PGSVDConfig(parameter_reduction=0.3, dataset=texts, sequence_length=32)
+        model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config, dtype=dtype)
+        folder = tmp_path / str(dtype)
+        model.save_pretrained(folder, max_shard_size="20KB")
+        torch.save(model(input_ids=torch.arange(3, 20)[None]).logits, folder / "logits.pt")
+    code = """
+        import sys, torch
+        from transformers import AutoModelForCausalLM
+        for folder in sys.argv[1:]:
+            for options in ({}, {"device_map": "auto"}):
+                model = AutoModelForCausalLM.from_pretrained(folder, **options)
+                logits = model(input_ids=torch.arange(3, 20)[None]).logits
+                assert torch.equal(logits, torch.load(folder + "/logits.pt"))
+            print(logits.dtype)
+        """
+    printed = fresh_process(code, tmp_path / "torch.bfloat16", tmp_path / "torch.float16", tmp_path=tmp_path)
+    assert "torch.bfloat16\n" in printed
+    assert "torch.float16\n" in printed
+
+
+def test_tokenizer_and_processor_files_are_copied_as_they_are(dense, tmp_path):
+    source = tmp_path / "dense"
+    shutil.copytree(dense, source)
+    (source / "preprocessor_config.json").write_text('{"image_processor_type": "NotInstalled"}')
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    config = PGSVDConfig(parameter_reduction=0.3, solver="svd")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    model.save_pretrained(tmp_path / "out")
+    for name in ("preprocessor_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "out")  # onto itself
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
 def test_importing_order_does_not_matter(checkpoint, tmp_path):
