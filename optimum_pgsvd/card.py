@@ -70,7 +70,7 @@ def base_model(model: Any) -> str | None:
 def body(model: Any, report: CompressionReport, name: str, base: str | None) -> str:
     """The text of the card."""
     config = report.config
-    source = f"[{base}](https://huggingface.co/{base})" if base else f"a `{type(model).__name__}`"
+    source = f"[{base}](https://huggingface.co/{base})" if base else f"A `{type(model).__name__}`"
     before, after = report.model_before, report.model_after
     version = report.environment.get("optimum_pgsvd", "")
     factored = sum(layer.rank is not None for layer in report.layers)

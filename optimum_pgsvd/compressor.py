@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import transformers
 from optimum.quantization_base import OptimumQuantizer
 from torch import nn
 from transformers import PreTrainedModel
 
 from .calibration import load_calibration_set
 from .card import base_model
+from .checkpoint import new_folder
 from .config import PGSVDConfig
+from .errors import ConfigError
 from .factoring import Clock, factor, refuse_offloaded
 from .planning import check_request, plan_ranks
 from .replace import mark_compressed
@@ -24,6 +28,7 @@ class PGSVDCompressor(OptimumQuantizer):
 
     Args:
         config: what to do; not changed.
+        model: for `quantize`; `compress` is given its model.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,8 +39,8 @@ class PGSVDCompressor(OptimumQuantizer):
         True
     """
 
-    def __init__(self, config: PGSVDConfig):
-        self.config = config
+    def __init__(self, config: PGSVDConfig, model: PreTrainedModel | None = None):
+        self.config, self.model = config, model
 
     def plan(self, model: PreTrainedModel) -> CompressionReport:
         """The ranks and sizes that `compress` would give, without data and without touching the model.
@@ -92,19 +97,56 @@ class PGSVDCompressor(OptimumQuantizer):
         return report
 
     @classmethod
-    def from_pretrained(cls, model_or_path: Any, file_name: str | None = None) -> PGSVDCompressor:
-        """The compressor with the config of a compressed checkpoint (optimum's interface)."""
-        from transformers import AutoConfig
+    def from_pretrained(
+        cls, model_or_path: Any, file_name: str | None = None, *, config: PGSVDConfig, **options: Any
+    ) -> PGSVDCompressor:
+        """A compressor that holds a model, for `quantize`: optimum's interface.
 
-        values = AutoConfig.from_pretrained(model_or_path).quantization_config
-        return cls(PGSVDConfig(**values))
+        Args:
+            model_or_path: a dense model, a folder, or a name on the Hub.
+            file_name: part of optimum's interface, not used.
+            config: what to do.
+            options: for the model's `from_pretrained`.
 
-    def quantize(self, save_dir: Any, file_prefix: str | None = None, **kwargs: Any) -> CompressionReport:
-        """Load `kwargs["model"]`, compress it and save it to a folder (optimum's interface)."""
-        from transformers import AutoModelForCausalLM
+        Returns:
+            The compressor.
+        """
+        if not isinstance(model_or_path, nn.Module):
+            model_or_path = model_class(model_or_path, **options).from_pretrained(model_or_path, **options)
+        return cls(config, model_or_path)
 
-        model: Any = kwargs.pop("model")
-        model = model if isinstance(model, nn.Module) else AutoModelForCausalLM.from_pretrained(model)
-        report = self.compress(model, **kwargs)
-        model.save_pretrained(save_dir)
+    def quantize(
+        self, save_dir: str | os.PathLike, file_prefix: str | None = None, *, overwrite: bool = False, **kwargs: Any
+    ) -> CompressionReport:
+        """Compress the model that the compressor holds, and save it: optimum's interface.
+
+        Args:
+            save_dir: a folder that does not exist or is empty.
+            file_prefix: part of optimum's interface, not used.
+            overwrite: replace a folder that is not empty.
+            kwargs: for `compress`.
+
+        Returns:
+            The report.
+
+        Raises:
+            CheckpointError: the folder is not empty.
+            PGSVDError: see `compress`; or the compressor holds no model.
+        """
+        if self.model is None:
+            raise ConfigError("quantize() needs a model: use PGSVDCompressor.from_pretrained(model, config=...)")
+        with new_folder(save_dir, overwrite) as folder:
+            report = self.compress(self.model, **kwargs)
+            self.model.save_pretrained(folder)
         return report
+
+
+def model_class(name: str | os.PathLike, **options: Any) -> Any:
+    """The class that a checkpoint's config names as its architecture, `AutoModel` where it names none.
+
+    Args:
+        name: a folder, or a name on the Hub.
+        options: such as `revision`, for reading the config.
+    """
+    named = transformers.AutoConfig.from_pretrained(name, **options).architectures or [""]
+    return getattr(transformers, named[0], transformers.AutoModel)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from optimum_pgsvd import CheckpointError, CompressionReport
+from optimum_pgsvd import CheckpointError, CompressionReport, ConfigError, PGSVDCompressor, PGSVDConfig
 from optimum_pgsvd.checkpoint import new_folder, read_contents
 
 
@@ -150,3 +152,18 @@ def test_inspect_names_what_is_wrong(dense, compressed, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((output / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=f"the config gives {name} rank"):
         read_contents(tmp_path)
+
+
+def test_optimum_s_interface_compresses_and_saves(dense, texts, tmp_path):
+    config = PGSVDConfig(parameter_reduction=0.3, dataset=texts, sequence_length=32)
+    compressor = PGSVDCompressor.from_pretrained(dense, config=config)
+    assert type(compressor.model).__name__ == "LlamaForCausalLM"
+    report = compressor.quantize(tmp_path / "out")
+    assert CompressionReport.load(tmp_path / "out").layers == report.layers
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(loaded(input_ids=ids).logits, compressor.model(input_ids=ids).logits)
+    with pytest.raises(CheckpointError, match="not empty"):
+        PGSVDCompressor.from_pretrained(dense, config=config).quantize(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"from_pretrained\(model, config=\.\.\.\)"):
+        PGSVDCompressor(config).quantize(tmp_path / "other")

@@ -83,14 +83,13 @@ def config_of(args: Namespace) -> Any:
 
 def load_model(args: Namespace, config: Any = None) -> Any:
     """The model as the class its checkpoint names; compressed while it loads where a config is given."""
-    import transformers
+    from transformers import AutoModelForCausalLM
+
+    from ..compressor import model_class
 
     options = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    names = transformers.AutoConfig.from_pretrained(args.model, **options).architectures or [""]
-    model_class = getattr(transformers, names[0], transformers.AutoModel)
-    if args.trust_remote_code:
-        model_class = transformers.AutoModelForCausalLM
-    return model_class.from_pretrained(args.model, dtype=args.dtype, quantization_config=config, **options)
+    loader = AutoModelForCausalLM if args.trust_remote_code else model_class(args.model, **options)
+    return loader.from_pretrained(args.model, dtype=args.dtype, quantization_config=config, **options)
 
 
 class _Command(BaseOptimumCLICommand):
