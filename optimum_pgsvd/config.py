@@ -15,6 +15,7 @@ from .solvers import SOLVERS
 from .structures import Budget
 
 
+CALIBRATIONS = ("parallel", "anchored")
 BUDGETS = ("parameter_reduction", "tolerance", "ranks")
 DATASETS = (str, os.PathLike, Iterable)
 FILES = (".txt", ".jsonl", ".json", ".parquet")
@@ -45,6 +46,11 @@ class PGSVDConfig(LowRankConfig):
             `.txt`, `.jsonl` or `.parquet` file, the name of a Hub dataset (`"user/name"` or `"user/name:config"`), or
             `"self"` for sequences sampled from the model itself.
         tokenizer: tokenizer or processor, or where to load it from; by default the model's own.
+        calibration: what layers are fitted to: `"parallel"` (the paper: the dense model's activations) or `"anchored"`
+            (block by block: the inputs that the compressed blocks before it really produce, aiming at the dense
+            model's outputs).
+        blend: β in [0, 1] of anchored calibration: 1 aims at the outputs of the dense model, 0 at those the dense
+            layer has on the compressed inputs.
         num_samples: sequences of the calibration set to use, at least 1.
         sequence_length: tokens in a sequence, at least 1; by default the model's maximum, at most 2048.
         batch_size: sequences in a forward pass, at least 1.
@@ -78,6 +84,8 @@ class PGSVDConfig(LowRankConfig):
         rank_multiple: int = 1,
         dataset: Any = None,
         tokenizer: Any = None,
+        calibration: str = "parallel",
+        blend: float = 0.5,
         num_samples: int = 256,
         sequence_length: int | None = None,
         batch_size: int = 8,
@@ -101,6 +109,8 @@ class PGSVDConfig(LowRankConfig):
         self.rank_multiple = rank_multiple
         self.dataset = dataset
         self.tokenizer = tokenizer
+        self.calibration = calibration
+        self.blend = blend
         self.num_samples = num_samples
         self.sequence_length = sequence_length
         self.batch_size = batch_size
@@ -194,6 +204,12 @@ class PGSVDConfig(LowRankConfig):
             at_least_one(name, getattr(self, name))
         if self.sequence_length is not None:
             at_least_one("sequence_length", self.sequence_length)
+        if self.calibration not in CALIBRATIONS:
+            raise ConfigError(f"calibration={self.calibration!r} is not known; known are {', '.join(CALIBRATIONS)}")
+        if self.calibration == "anchored" and not self.needs_dataset:
+            raise ConfigError(f"calibration='anchored' has no meaning with solver={self.solver!r}, which uses no data")
+        if not isinstance(self.blend, (int, float)) or isinstance(self.blend, bool) or not 0 <= self.blend <= 1:
+            raise ConfigError(f"blend={self.blend!r} is outside [0, 1]")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"seed={self.seed!r} must be an integer")
         if not isinstance(self.self_contained, bool):

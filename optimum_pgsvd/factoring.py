@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .calibration import BlockWalk, GramRecorder, InputSurvey
+from .calibration import AnchoredRecorder, BlockWalk, GramRecorder, InputSurvey
 from .config import PGSVDConfig
 from .errors import CalibrationError, UnsupportedModelError
 from .linalg import relative_activation_error, relative_weight_error
@@ -73,19 +73,23 @@ def factor(
     reports = {layer.name: layer for layer in planned_layers(plan)}
     notes: list[str] = []
     with logging.tqdm(total=len(factored), desc="Factoring", unit="layer", disable=None) as progress:
-        groups = measured_groups(model, factored, batches, clock, notes) if batches else [(factored, None, {})]
+        groups = measured_groups(model, factored, batches, config, clock, notes) if batches else [(factored, None, {})]
         for group, recorder, tokens in groups:
             for target in group:
                 with clock("factors"):
-                    gram = recorder.gram(target.name) if recorder else None
                     planned = replace(reports[target.name], tokens=tokens.get(target.name, 0))
-                    reports[target.name] = factor_layer(model, planned, gram, config)
+                    reports[target.name] = factor_layer(model, planned, recorder, config)
                 progress.update()
     return list(reports.values()), notes
 
 
 def measured_groups(
-    model: PreTrainedModel, targets: list[Target], batches: list[dict[str, Any]], clock: Clock, notes: list[str]
+    model: PreTrainedModel,
+    targets: list[Target],
+    batches: list[dict[str, Any]],
+    config: PGSVDConfig,
+    clock: Clock,
+    notes: list[str],
 ) -> Iterator[tuple[list[Target], GramRecorder, Mapping[str, int]]]:
     """The targets block by block as the model runs them, each block with its Gram matrices and token counts."""
     layers = {target.name: model.get_submodule(target.name) for target in targets}
@@ -100,25 +104,35 @@ def measured_groups(
     notes += check_coverage(survey, targets)
     for block in walk.blocks:
         inside = {target.name: layers[target.name] for target in by_block[block]}
-        with clock("grams"), GramRecorder(inside, walk.padding.rows, survey.leaders) as recorder:
-            walk.run(block)
-        yield by_block[block], recorder, survey.tokens
+        if config.calibration == "anchored":
+            anchored = AnchoredRecorder(inside, walk.padding.rows, survey.leaders, config.blend)
+            with clock("grams"), anchored:
+                walk.run_anchored(block, anchored)
+            yield by_block[block], anchored, survey.tokens
+            with clock("grams"):
+                walk.advance(block)
+        else:
+            with clock("grams"), GramRecorder(inside, walk.padding.rows, survey.leaders) as recorder:
+                walk.run(block)
+            yield by_block[block], recorder, survey.tokens
     yield by_block.get(None, []), outside, survey.tokens
 
 
-def factor_layer(model: nn.Module, layer: LayerReport, gram: Tensor | None, config: PGSVDConfig) -> LayerReport:
+def factor_layer(
+    model: nn.Module, layer: LayerReport, recorder: GramRecorder | None, config: PGSVDConfig
+) -> LayerReport:
     """Factor and replace one layer; errors are those of the factors as stored, after rounding to the model's dtype."""
     start = time.perf_counter()
     assert layer.rank is not None
     weight = dense_weight(model, layer.name)
-    factors = SOLVERS[config.solver](weight, gram, layer.rank, config.num_iterations).to(weight.dtype)  # type: ignore[arg-type]
+    gram = recorder.gram(layer.name) if recorder else None
+    goal = recorder.goal(layer.name, weight) if recorder else weight
+    factors = SOLVERS[config.solver](goal, gram, layer.rank, config.num_iterations).to(weight.dtype)  # type: ignore[arg-type]
     replace_linear(model, layer.name, factors)
     return replace(
         layer,
         weight_error=relative_weight_error(weight, factors.left, factors.right),
-        activation_error=None
-        if gram is None
-        else relative_activation_error(weight, factors.left, factors.right, gram),
+        activation_error=None if gram is None else relative_activation_error(goal, factors.left, factors.right, gram),
         seconds=time.perf_counter() - start,
     )
 

@@ -175,3 +175,17 @@ def one_fraction_for_all(shapes: Mapping[str, tuple[int, int]], rank_multiple: i
     fractions = {Fraction(o.parameters, layer[-1].parameters) for layer in options.values() for o in layer}
     plans = [at_fraction(fraction) for fraction in fractions]
     return max((plan for plan in plans if kept(plan) <= limit), key=kept, default=None)
+
+
+def anchored_weight(weight: Tensor, dense: Tensor, compressed: Tensor, blend: float, ridge: float) -> Tensor:
+    """`argmin_A ‖W X_βᵀ − A X_cᵀ‖² + ridge ‖A − W‖²` by one plain least-squares problem with rows for both terms."""
+    anchor = blend * dense + (1 - blend) * compressed
+    identity = math.sqrt(ridge) * torch.eye(weight.shape[1], dtype=torch.float64)
+    rows, goals = torch.cat([compressed, identity]), torch.cat([anchor @ weight.T, identity @ weight.T])
+    return torch.linalg.lstsq(rows, goals, driver="gelsd").solution.T
+
+
+def reduced_rank_regression_error(inputs: Tensor, outputs: Tensor, rank: int) -> float:
+    """`min ‖Y − X Bᵀ‖²` over B of a rank: what no B explains, and what the best rank-r fit of the rest leaves."""
+    fitted = inputs @ torch.linalg.lstsq(inputs, outputs, driver="gelsd").solution
+    return float((outputs - fitted).square().sum() + torch.linalg.svdvals(fitted)[rank:].square().sum())

@@ -29,7 +29,7 @@ EVERYTHING = PGSVDConfig(tolerance=0.5, groups={"*": {"tolerance": 0.5}})
 def grams_of(model: PreTrainedModel, batches: list[Batch]) -> dict[str, Tensor]:
     """As `factor` gets them."""
     targets = find_targets(model, EVERYTHING).found
-    groups = measured_groups(model, list(targets), batches, Clock(), [])
+    groups = measured_groups(model, list(targets), batches, EVERYTHING, Clock(), [])
     return {target.name: recorder.gram(target.name) for group, recorder, _ in groups for target in group}
 
 
@@ -103,7 +103,9 @@ LEADERS = {
 def test_layers_fed_one_tensor_share_one_matrix() -> None:
     model, batches = FAMILIES["llama"].build(), FAMILIES["llama"].batches(2)
     targets = list(find_targets(model, EVERYTHING).found)
-    blocks = [recorder for group, recorder, _ in measured_groups(model, targets, batches, Clock(), []) if group]
+    blocks = [
+        recorder for group, recorder, _ in measured_groups(model, targets, batches, EVERYTHING, Clock(), []) if group
+    ]
     assert len(blocks) == 2
     for recorder in blocks:
         last = {name.split(".")[-1]: leader.split(".")[-1] for name, leader in recorder.leaders.items()}

@@ -56,6 +56,24 @@ def test_pgsvd_beats_als_uniform_beats_plain_svd(babyllama, data_dir, reduction)
     assert perplexity(dense, windows) < found["pgsvd"] < found["als"] < found["svd"]
 
 
+@pytest.mark.parametrize("reduction", [0.2, 0.4, 0.6])
+def test_anchored_calibration_beats_parallel(babyllama, data_dir, reduction):
+    dense, tokenizer, windows = babyllama
+    found = {}
+    for calibration in ("parallel", "anchored"):
+        model = copy.deepcopy(dense)
+        config = PGSVDConfig(
+            parameter_reduction=reduction,
+            dataset=stories(data_dir)[:600],
+            num_samples=128,
+            sequence_length=256,
+            calibration=calibration,
+        )
+        PGSVDCompressor(config).compress(model, tokenizer=tokenizer)
+        found[calibration] = perplexity(model, windows)
+    assert found["anchored"] < found["parallel"]
+
+
 def test_sampling_from_the_model_needs_no_text_and_beats_plain_svd(babyllama):
     dense, _, windows = babyllama
     found = {}

@@ -120,6 +120,10 @@ class GramRecorder(InputObserver):
         """`G (n, n)` float64 of a layer's inputs."""
         return self._grams[self.leaders[name]]
 
+    def goal(self, name: str, weight: Tensor) -> Tensor:
+        """The weight to approximate: the layer's own."""
+        return weight
+
 
 def precise(rows: Tensor) -> Tensor:
     """In float32 or better, as products are summed within a batch."""

@@ -16,6 +16,7 @@ from transformers import Cache
 from transformers.utils import logging
 
 from ..errors import CalibrationError, PGSVDError
+from .anchored import AnchoredRecorder
 from .gram import InputObserver
 from .padding import PaddingMask, reads_tokens
 from .version import version
@@ -45,7 +46,8 @@ class BlockWalk:
     is the output of an earlier block, else a copy, as the model may change it in place. `run` then runs one block on
     all batches, in the order of `blocks`, and hands its outputs on. Between two calls of `run` only the activations
     that later blocks need are held: one hidden state a batch, and what the model computes once and shares among its
-    blocks, such as masks.
+    blocks, such as masks. For anchored calibration, `run_anchored` and `advance` keep a second stream beside it: what
+    the compressed blocks put out.
 
     Args:
         model: in evaluation mode; not changed.
@@ -61,6 +63,7 @@ class BlockWalk:
         self.padding = PaddingMask()
         self._calls: list[list[_Call]] = []
         self._outputs: list[dict[_Output, Tensor]] = []
+        self._compressed: list[dict[_Output, Tensor]] = []
 
     def capture(self, observers: Sequence[InputObserver]) -> None:
         """Run the dense model over the calibration set, under the observers.
@@ -82,37 +85,65 @@ class BlockWalk:
                     _forward(self.model, batch, number, whole)
                 self._calls.append(capture.calls)
         self._outputs = [{} for _ in self.batches]
+        self._compressed = [{} for _ in self.batches]
 
     def run(self, block: str) -> None:
         """Run a block on every batch and keep what later blocks need of its outputs."""
-        module, stage = self.modules[block], self.blocks.index(block)
-        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
         with evaluating(self.model):
-            for batch, calls, outputs in zip(self.batches, self._calls, self._outputs, strict=True):
-                self.padding.start_batch(batch)
-                needed = {leaf for call in calls for leaf in call.leaves if isinstance(leaf, _Output)}
-                for index, call in enumerate(calls):
-                    if call.block == block:
-                        args, kwargs = _arguments(call, outputs, device)
-                        self.enter(block, args, kwargs)
-                        for leaf, value in enumerate(pytree.tree_leaves(module(*args, **kwargs))):
-                            if _Output(index, leaf) in needed:
-                                outputs[_Output(index, leaf)] = value
-                self._forget(calls, outputs, stage)
+            for number in range(len(self.batches)):
+                self._run_batch(block, number, self._outputs[number])
+                self._forget(block, number)
+
+    def run_anchored(self, block: str, recorder: AnchoredRecorder) -> None:
+        """Run a block on every batch twice: on the dense model's inputs, and on those of the compressed blocks.
+
+        `advance` must follow once the block's layers are replaced.
+        """
+        with evaluating(self.model):
+            for number in range(len(self.batches)):
+                recorder.pairing = "dense"
+                self._run_batch(block, number, self._outputs[number], again=True)
+                recorder.pairing = "compressed"
+                self._run_batch(block, number, dict(self._compressed[number]), again=True)
+
+    def advance(self, block: str) -> None:
+        """Run a block whose layers were replaced on the compressed inputs, for the blocks that come after it."""
+        with evaluating(self.model):
+            for number in range(len(self.batches)):
+                self._run_batch(block, number, self._compressed[number])
+                self._forget(block, number)
+
+    def _run_batch(self, block: str, number: int, outputs: dict[_Output, Tensor], again: bool = False) -> None:
+        """Run a block on one batch with these outputs of the blocks before it, and add its own.
+
+        A block that will run on the same arguments again is given copies, as it may change them in place.
+        """
+        module, calls = self.modules[block], self._calls[number]
+        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        self.padding.start_batch(self.batches[number])
+        needed = {leaf for call in calls for leaf in call.leaves if isinstance(leaf, _Output)}
+        for index, call in enumerate(calls):
+            if call.block == block:
+                args, kwargs = _arguments(call, outputs, device, again)
+                self.enter(block, args, kwargs)
+                for leaf, value in enumerate(pytree.tree_leaves(module(*args, **kwargs))):
+                    if _Output(index, leaf) in needed:
+                        outputs[_Output(index, leaf)] = value
 
     def enter(self, block: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Tell the padding mask which block comes next."""
         self.padding.enter_block(self.modules[block], args, kwargs, self._of_tokens[block])
 
-    def _forget(self, calls: list[_Call], outputs: dict[_Output, Tensor], stage: int) -> None:
-        """Drop the arguments of the block just run, and the outputs that no later block takes."""
-        done = set(self.blocks[: stage + 1])
+    def _forget(self, block: str, number: int) -> None:
+        """Drop, of one batch, the arguments of the block just run and the outputs that no later block takes."""
+        calls, done = self._calls[number], set(self.blocks[: self.blocks.index(block) + 1])
         for index, call in enumerate(calls):
             if call.block in done:
                 calls[index] = _Call(call.block, (), call.spec)
         needed = {leaf for call in calls for leaf in call.leaves if isinstance(leaf, _Output)}
-        for output in set(outputs) - needed:
-            del outputs[output]
+        for outputs in (self._outputs[number], self._compressed[number]):
+            for output in set(outputs) - needed:
+                del outputs[output]
 
 
 class _Capture(AbstractContextManager):
@@ -178,9 +209,11 @@ class _Capture(AbstractContextManager):
         return self._copies[tensor][1]
 
 
-def _arguments(call: _Call, outputs: Mapping[_Output, Tensor], device: torch.device) -> tuple[tuple, dict]:
+def _arguments(
+    call: _Call, outputs: Mapping[_Output, Tensor], device: torch.device, copied: bool
+) -> tuple[tuple, dict]:
     leaves = [outputs[leaf] if isinstance(leaf, _Output) else leaf for leaf in call.leaves]
-    leaves = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    leaves = [leaf.to(device, copy=copied) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return pytree.tree_unflatten(leaves, call.spec)
 
 

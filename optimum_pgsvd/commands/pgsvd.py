@@ -43,6 +43,8 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
     how = parser.add_argument_group("calibration")
     how.add_argument("--dataset", help='.txt, .jsonl or .parquet file, Hub dataset, or "self"')
     how.add_argument("--tokenizer", help="folder or Hub name (default: the model's)")
+    how.add_argument("--calibration", default="parallel", help="parallel (the paper, default) or anchored")
+    how.add_argument("--blend", type=float, default=0.5, help="of anchored calibration: 1 aims at the dense outputs")
     how.add_argument("--num-samples", type=int, default=256, help="calibration sequences (default 256)")
     how.add_argument(
         "--sequence-length", type=int, help="tokens in a sequence (default: the model's maximum, at most 2048)"
@@ -57,7 +59,8 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
 
 CONFIG_FIELDS = (
     "parameter_reduction", "tolerance", "allocation", "modules_to_not_convert", "rank_multiple", "dataset",
-    "tokenizer", "num_samples", "sequence_length", "batch_size", "seed", "solver", "num_iterations", "self_contained",
+    "tokenizer", "calibration", "blend", "num_samples", "sequence_length", "batch_size", "seed", "solver",
+    "num_iterations", "self_contained",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ One layout throughout: a weight is `W (m, n)` with m output and n input features
 """
 
 from .als import alternating_least_squares
+from .anchor import anchored_weight
 from .projection import output_projection
 from .relative_error import relative_activation_error, relative_weight_error
 from .spectra import relative_tails, singular_values, symmetric_eigen
@@ -14,6 +15,7 @@ from .svd import balanced, truncated_svd
 
 __all__ = [
     "alternating_least_squares",
+    "anchored_weight",
     "balanced",
     "output_projection",
     "relative_activation_error",
