@@ -75,8 +75,9 @@ def body(model: Any, report: CompressionReport, name: str, base: str | None) -> 
     version = report.environment.get("optimum_pgsvd", "")
     factored = sum(layer.rank is not None for layer in report.layers)
     errors = [layer.activation_error for layer in report.layers if layer.activation_error]
+    fitted = "outputs" if config.get("calibration") != "anchored" else "fit to their anchored outputs"
     measured = (
-        f"| mean relative error of the factored layers' outputs | | {sum(errors) / len(errors):.4f} |\n"
+        f"| mean relative error of the factored layers' {fitted} | | {sum(errors) / len(errors):.4f} |\n"
         if errors
         else ""
     )

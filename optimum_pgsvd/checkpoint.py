@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -99,7 +100,7 @@ def read_contents(source: str | os.PathLike, **hub: Any) -> CheckpointContents:
         factors[layer] = (left[0], rank, right[1])
     sizes: dict[str, int] = {}
     for shape, dtype in tensors.values():
-        sizes[dtype] = sizes.get(dtype, 0) + numel(shape)
+        sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
     report = read_report(name, **hub)
     return CheckpointContents(config, factors, sum(sizes.values()), sizes, report)
 
@@ -156,11 +157,3 @@ def hub_tensors(name: str, **hub: Any) -> Tensors:
         for file in metadata.files_metadata.values()
         for key, tensor in file.tensors.items()
     }
-
-
-def numel(shape: tuple[int, ...]) -> int:
-    """Number of elements of a shape."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -110,14 +110,13 @@ class LowRankLinear(nn.Module):
         left, right = self.left.weight, self.right.weight
         precise = torch.promote_types(left.dtype, torch.float32)
         product = (left.to(precise) @ right.to(precise)).to(dtype)
+        dense: Any
         if self.transposed:
             dense = Conv1D(self.out_features, self.in_features).to(device=left.device, dtype=dtype)
             dense.weight = nn.Parameter(product.T.contiguous())
-            if self.bias is not None:
-                dense.bias = nn.Parameter(self.bias.detach().to(dtype))
-            return dense
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(product)
+        else:
+            dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+            dense.weight = nn.Parameter(product)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().to(dtype))
         return dense

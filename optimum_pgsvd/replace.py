@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from .config import PGSVDConfig
-from .modeling_pgsvd import LowRankLinear, checkpoint_names, set_submodule
+from .modeling_pgsvd import LowRankLinear, checkpoint_names, low_rank_layers, set_submodule
 from .structures import LowRankFactors
 
 
@@ -52,7 +52,7 @@ def mark_compressed(model: PreTrainedModel, config: PGSVDConfig) -> PGSVDConfig:
     Returns:
         The result's config, with the rank of every compressed layer by its name in the checkpoint.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    layers = low_rank_layers(model)
     names = checkpoint_names(model, layers)
     result = config.with_ranks({names[name]: layer.rank for name, layer in layers.items()})
     copies: dict[int, object] = {}

@@ -30,7 +30,8 @@ class LayerReport:
         parameters_before: of the weight, the bias not counted.
         parameters_after: of the factors, or of the dense weight.
         weight_error: `‖W − left right‖ / ‖W‖` of the factors as stored, 0 for dense; in a plan, the planned e(rank).
-        activation_error: `‖(W − left right) Xᵀ‖ / ‖W Xᵀ‖` likewise; `None` where no inputs were measured.
+        activation_error: `‖(W − left right) Xᵀ‖ / ‖W Xᵀ‖` likewise, with anchored calibration of the weight A that was
+            approximated in W's place, on the compressed inputs; `None` where no inputs were measured.
         tolerance: the ε it was planned with, if any.
         group: the glob of its budget, "" for the main one.
         tokens: calibration tokens it saw.
