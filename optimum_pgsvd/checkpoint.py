@@ -20,6 +20,10 @@ from .errors import CheckpointError
 from .report import REPORT_NAME, CompressionReport
 
 
+# What an elastic checkpoint holds besides its weights; no part of the model.
+ELASTIC_NAME = "pgsvd_elastic.safetensors"
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
     """A folder that appears under its name only when everything in it has been written.
@@ -52,6 +56,35 @@ def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str
             if os.path.isdir(old):
                 os.rename(old, path)
             raise
+
+
+class FolderLock:
+    """A folder, made where there is none, that one process at a time works in; a killed process holds none.
+
+    Args:
+        folder: to be locked.
+
+    Raises:
+        CheckpointError: another process is at work in it.
+    """
+
+    def __init__(self, folder: str):
+        os.makedirs(folder, exist_ok=True)
+        self.path = os.path.join(folder, "lock")
+        self._file = open(self.path, "a")  # noqa: SIM115  (open as long as the lock is held)
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise CheckpointError(f"another process is at work in {folder}; wait for it, or stop it") from None
+
+    def release(self) -> None:
+        """Let others in."""
+        self._file.close()
 
 
 @dataclass(frozen=True)
@@ -135,10 +168,10 @@ Tensors = dict[str, tuple[tuple[int, ...], str]]
 
 
 def local_tensors(folder: str) -> Tensors:
-    """Shape and dtype of every tensor in a folder's safetensors files."""
+    """Shape and dtype of every tensor in the safetensors files of a folder's model."""
     tensors: Tensors = {}
     for file in sorted(os.listdir(folder)):
-        if file.endswith(".safetensors"):
+        if file.endswith(".safetensors") and file != ELASTIC_NAME:
             with safe_open(os.path.join(folder, file), framework="pt") as shard:
                 for key in shard.keys():  # noqa: SIM118  (not a mapping)
                     part = shard.get_slice(key)
@@ -157,3 +190,22 @@ def hub_tensors(name: str, **hub: Any) -> Tensors:
         for file in metadata.files_metadata.values()
         for key, tensor in file.tensors.items()
     }
+
+
+def stored_bytes(source: str | os.PathLike, **hub: Any) -> int:
+    """Bytes of the weights of a dense checkpoint, 0 where it has no safetensors files.
+
+    Args:
+        source: a folder, or the name of a model on the Hub.
+        hub: `revision` and `token` of a model on the Hub.
+    """
+    name = os.fspath(source)
+    if os.path.isdir(name):
+        files = [file for file in os.listdir(name) if file.endswith(".safetensors")]
+        return sum(os.path.getsize(os.path.join(name, file)) for file in files)
+    try:
+        tensors = hub_tensors(name, **hub)
+    except CheckpointError:
+        return 0
+    bits = {dtype: int("".join(filter(str.isdigit, dtype.split("_")[0])) or 8) for _, dtype in tensors.values()}
+    return sum(math.prod(shape) * bits[dtype] // 8 for shape, dtype in tensors.values())

@@ -10,17 +10,24 @@ from optimum.quantization_base import OptimumQuantizer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .calibration import load_calibration_set
-from .card import base_model
+from .calibration import Weights
 from .checkpoint import new_folder
 from .config import PGSVDConfig
 from .errors import ConfigError
-from .factoring import Clock, factor, refuse_offloaded
+from .factoring import Clock, InPlace, Job, calibration_of, factor, refuse_absent_weights, report_on, undone_on_error
+from .measurements import Measurements, is_measurements
 from .planning import check_request, plan_ranks
 from .replace import mark_compressed
-from .report import CompressionReport, ModelSize, environment
+from .report import CompressionReport, ModelSize
 from .saving import attach_artifacts
-from .targets import find_targets
+from .streaming import (
+    ACTIVATION_MEMORY,
+    StreamedModel,
+    StreamedWeights,
+    compress_checkpoint,
+    measure_checkpoint,
+)
+from .targets import find_blocks, find_targets
 
 
 class PGSVDCompressor(OptimumQuantizer):
@@ -48,21 +55,36 @@ class PGSVDCompressor(OptimumQuantizer):
         Raises:
             PGSVDError: the config does not fit the model, or a weight holds NaN or infinity.
         """
-        targets = find_targets(model, self.config)
-        return CompressionReport.of_plan(
-            plan_ranks(model, targets, self.config), targets, model, self.config.to_dict()
-        )
+        return planned(model, self.config)
 
-    def compress(self, model: PreTrainedModel, tokenizer: Any = None) -> CompressionReport:
+    def plan_checkpoint(self, source: str | os.PathLike, **options: Any) -> CompressionReport:
+        """As `plan`, for a checkpoint on disk, with one block of the model in memory at a time.
+
+        Where the config's dataset is a folder of `measure_checkpoint`, no weight is read.
+
+        Args:
+            source: as for `compress_checkpoint`.
+            options: as for `compress_checkpoint`.
+
+        Raises:
+            PGSVDError: as `plan`, or the checkpoint cannot be read.
+        """
+        streamed = self._streamed(source, **options)
+        with StreamedWeights(streamed, find_blocks(streamed.model)) as weights:
+            return planned(streamed.model, self.config, weights)
+
+    def compress(self, model: PreTrainedModel, tokenizer: Any = None, *, undo: bool = True) -> CompressionReport:
         """Compress a model in place.
 
-        Everything that can be wrong with the config, the weights and the calibration set is found before the first
-        layer is replaced.
+        What is wrong with the config, with the weights, or with the first batch of each kind is found before a layer
+        is replaced.
 
         Args:
             model: a dense transformers model; its config object is replaced by a copy, not changed.
             tokenizer: tokenizer or processor for text datasets, saved with the model; by default the config's, else
                 the model's own.
+            undo: hold the dense layers until the last of them is factored, and put them back where something goes
+                wrong before; without it less memory is needed, and the model may be left half compressed.
 
         Returns:
             The report, which `save_pretrained` writes beside the checkpoint.
@@ -72,29 +94,118 @@ class PGSVDCompressor(OptimumQuantizer):
         """
         clock = Clock()
         before = ModelSize.of(model)
-        refuse_offloaded(model)
+        refuse_absent_weights(model)
         targets = find_targets(model, self.config)
         check_request(model, targets, self.config)
         with clock("data"):
-            batches = load_calibration_set(model, self.config, tokenizer) if self.config.needs_dataset else []
+            batches, measurements = calibration_of(model, targets, self.config, tokenizer)
         with clock("plan"):
-            plan = plan_ranks(model, targets, self.config)
-        layers, notes = factor(model, targets, plan, batches, self.config, clock)
-        result = mark_compressed(model, self.config)
-        report = CompressionReport(
-            tuple(layers),
-            targets.skipped,
-            before,
-            ModelSize.of(model),
-            result.to_dict() | {"ranks": self.config.ranks, "format_version": None},
-            clock.seconds,
-            {"batches": len(batches), "tokens": max((layer.tokens for layer in layers), default=0)},
-            tuple(notes),
-            environment(),
-            base_model(model),
-        )
+            profiles = measurements.profiles(targets) if measurements else None
+            plan = plan_ranks(model, targets, self.config, profiles=profiles)
+        job = Job(model, targets, plan, batches, self.config, clock, InPlace(), measurements=measurements)
+        with undone_on_error(model, targets, undo):
+            layers, notes = factor(job)
+        mark_compressed(model, self.config)
+        report = report_on(job, layers, notes, before, model)
         attach_artifacts(model, report, tokenizer or self.config.tokenizer)
         return report
+
+    def compress_checkpoint(
+        self,
+        source: str | os.PathLike,
+        output: str | os.PathLike,
+        tokenizer: Any = None,
+        *,
+        max_shard_size: int | str = "5GB",
+        activation_memory: int = ACTIVATION_MEMORY,
+        resume: bool = True,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> CompressionReport:
+        """Compress a checkpoint on disk into another, with one block of the model in memory at a time.
+
+        The output's weights are byte for byte those that `compress` and `save_pretrained` give. Finished blocks are on
+        disk before the next begins, in the folder `.<output>.pgsvd` beside the output: a run that was killed goes on
+        where it stopped when it is started again, and one that has finished is not done again.
+
+        Args:
+            source: a folder with safetensors files, or the name of such a model on the Hub.
+            output: a folder that does not exist or is empty.
+            tokenizer: as for `compress`.
+            max_shard_size: of a weights file, in bytes or as in `"5GB"`.
+            activation_memory: bytes of activations, of the whole calibration set, that may stay in memory; the rest is
+                kept in files beside the output.
+            resume: take up what an interrupted run left, instead of starting over.
+            overwrite: replace an output that is not empty; it stays until the new one is complete.
+            options: `dtype`, `revision`, `token` and `trust_remote_code`, as for `from_pretrained`.
+
+        Returns:
+            The report.
+
+        Raises:
+            CheckpointError: the output is not free, or an interrupted run beside it had another request.
+            PGSVDError: see `compress`.
+        """
+        return compress_checkpoint(
+            self._streamed(source, **options),
+            output,
+            self.config,
+            tokenizer,
+            max_shard_size=max_shard_size,
+            activation_memory=activation_memory,
+            resume=resume,
+            overwrite=overwrite,
+        )
+
+    def measure_checkpoint(
+        self,
+        source: str | os.PathLike,
+        output: str | os.PathLike,
+        tokenizer: Any = None,
+        *,
+        activation_memory: int = ACTIVATION_MEMORY,
+        resume: bool = True,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> Measurements:
+        """Measure a checkpoint on disk once, to compress it later by any budget without running it again.
+
+        The folder takes the place of a dataset: with `PGSVDConfig(..., dataset=folder)`, `plan`, `compress` and
+        `compress_checkpoint` need no forward pass, and plan in seconds. It holds the second moments that the config's
+        solver needs and the singular values of the weights, of every layer that is not in `modules_to_not_convert`;
+        the budget has no effect on it.
+
+        Args:
+            source: as for `compress_checkpoint`.
+            output: a folder that does not exist or is empty.
+            tokenizer: as for `compress`.
+            activation_memory: as for `compress_checkpoint`.
+            resume: as for `compress_checkpoint`.
+            overwrite: as for `compress_checkpoint`.
+            options: as for `compress_checkpoint`.
+
+        Returns:
+            The measurements.
+
+        Raises:
+            ConfigError: the config asks for anchored calibration, or for a solver that uses no data.
+            PGSVDError: see `compress_checkpoint`.
+        """
+        return measure_checkpoint(
+            self._streamed(source, **options),
+            output,
+            self.config,
+            tokenizer,
+            activation_memory=activation_memory,
+            resume=resume,
+            overwrite=overwrite,
+        )
+
+    def _streamed(self, source: str | os.PathLike, **options: Any) -> StreamedModel:
+        hub = {key: options[key] for key in ("revision", "token") if key in options}
+        remote = options.get("trust_remote_code")
+        loader = transformers.AutoModelForCausalLM if remote else model_class(source, **hub)
+        return StreamedModel(source, loader, **options)
 
     @classmethod
     def from_pretrained(
@@ -150,3 +261,15 @@ def model_class(name: str | os.PathLike, **options: Any) -> Any:
     """
     named = transformers.AutoConfig.from_pretrained(name, **options).architectures or [""]
     return getattr(transformers, named[0], transformers.AutoModel)
+
+
+def planned(model: PreTrainedModel, config: PGSVDConfig, weights: Weights | None = None) -> CompressionReport:
+    """The plan for a model, from measurements where the config names them, else from its weights."""
+    targets = find_targets(model, config)
+    profiles = None
+    if is_measurements(config.dataset):
+        measurements = Measurements(config.dataset)
+        measurements.check(targets, config)
+        profiles = measurements.profiles(targets)
+    plan = plan_ranks(model, targets, config, weights, profiles)
+    return CompressionReport.of_plan(plan, targets, model, config.to_dict())

@@ -43,8 +43,8 @@ class PGSVDConfig(LowRankConfig):
         modules_to_not_convert: names or globs of modules that stay dense.
         rank_multiple: ranks are multiples of this, at least 1; 8 or more suits tensor cores.
         dataset: the calibration set: texts, token tensors, model inputs as dicts, a `datasets.Dataset`, a local
-            `.txt`, `.jsonl` or `.parquet` file, the name of a Hub dataset (`"user/name"` or `"user/name:config"`), or
-            `"self"` for sequences sampled from the model itself.
+            `.txt`, `.jsonl` or `.parquet` file, the name of a Hub dataset (`"user/name"` or `"user/name:config"`), a
+            folder of `optimum-cli pgsvd measure`, or `"self"` for sequences sampled from the model itself.
         tokenizer: tokenizer or processor, or where to load it from; by default the model's own.
         calibration: what layers are fitted to: `"parallel"` (the paper: the dense model's activations) or `"anchored"`
             (block by block: the inputs that the compressed blocks before it really produce, aiming at the dense
@@ -57,6 +57,9 @@ class PGSVDConfig(LowRankConfig):
         seed: of the choice of samples and of `dataset="self"`.
         self_contained: save a copy of the loading code with the checkpoint, so that it loads with
             `trust_remote_code=True` where this package is not installed.
+        elastic: save beside the weights what it takes to cut the checkpoint further, without data, when it is loaded.
+            Needs `calibration="parallel"` and a solver whose components come in order of importance: `"eigh"` or
+            `"svd"`.
         format_version: set in the config of a compressed model, whose `ranks` are the result, by the name of each
             layer in the checkpoint; the other fields are then a record of how it was made.
         quant_method: always `"pgsvd"`.
@@ -91,6 +94,7 @@ class PGSVDConfig(LowRankConfig):
         batch_size: int = 8,
         seed: int = 0,
         self_contained: bool = False,
+        elastic: bool = False,
         format_version: int | None = None,
         quant_method: str = QUANT_METHOD,
         **record: Any,
@@ -116,6 +120,7 @@ class PGSVDConfig(LowRankConfig):
         self.batch_size = batch_size
         self.seed = seed
         self.self_contained = self_contained
+        self.elastic = elastic
         self.format_version = format_version
         self.record = record
         self._validate()
@@ -212,14 +217,30 @@ class PGSVDConfig(LowRankConfig):
             raise ConfigError(f"blend={self.blend!r} is outside [0, 1]")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"seed={self.seed!r} must be an integer")
-        if not isinstance(self.self_contained, bool):
-            raise ConfigError(f"self_contained={self.self_contained!r} must be True or False")
+        for name in ("self_contained", "elastic"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+        self._validate_elastic()
         if isinstance(self.dataset, Mapping) or not (self.dataset is None or isinstance(self.dataset, DATASETS)):
             raise ConfigError(
                 f"dataset is a {type(self.dataset).__name__}; give a list of texts, token tensors or model inputs, a "
                 "datasets.Dataset, a file, the name of a Hub dataset, or 'self'"
             )
         self._validate_budgets()
+
+    def _validate_elastic(self) -> None:
+        """Cutting must give what compressing anew would."""
+        if self.elastic and not SOLVERS.trait(self.solver, "nested"):
+            nested = " or ".join(f"solver={name!r}" for name in SOLVERS.names() if SOLVERS.trait(name, "nested"))
+            raise ConfigError(
+                f"elastic=True needs factors that can be cut, with components in order of importance: use {nested}, "
+                f"not {self.solver!r}"
+            )
+        if self.elastic and self.calibration == "anchored":
+            raise ConfigError(
+                "elastic=True needs calibration='parallel': anchored factors fit the ranks of the blocks before them, "
+                "and would not fit once those are cut"
+            )
 
     def _validate_budgets(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]

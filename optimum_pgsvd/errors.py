@@ -23,3 +23,7 @@ class UnsupportedModelError(PGSVDError, ValueError):
 
 class CheckpointError(PGSVDError, RuntimeError):
     """A checkpoint and its config disagree, or an output folder is not free."""
+
+
+class DistributedError(PGSVDError, RuntimeError):
+    """Processes that compress one model together disagree, or one of them has stopped."""

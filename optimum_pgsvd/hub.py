@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .card import CARD_NAME, MARKER, model_card, read_text, with_tags
+from .checkpoint import ELASTIC_NAME
 from .version import __version__
 
 
@@ -92,7 +93,9 @@ def stale_weights(present: Iterable[str], pushed: Iterable[str]) -> list[str]:
     single, index, pushed = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, {*pushed}
     if not pushed & {single, index}:
         return []
-    return sorted(name for name in {*present} - pushed if name in (single, index) or SHARD.fullmatch(name))
+    return sorted(
+        name for name in {*present} - pushed if name in (single, index, ELASTIC_NAME) or SHARD.fullmatch(name)
+    )
 
 
 def card_to_push(model: PreTrainedModel, folder: str | os.PathLike, to: Destination, present: bool) -> str | None:

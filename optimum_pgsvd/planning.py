@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,20 +12,30 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .allocation import ALLOCATIONS, Ladder, smallest
+from .calibration import InMemory, Weights
 from .config import PGSVDConfig
+from .distributed import Peers
 from .errors import NonFiniteError
 from .linalg import singular_values
 from .structures import Budget, LayerPlan, LinearShape, RankPlan, SVDProfile
 from .targets import Targets, first_match
 
 
-def plan_ranks(model: nn.Module, targets: Targets, config: PGSVDConfig) -> RankPlan:
+def plan_ranks(
+    model: nn.Module,
+    targets: Targets,
+    config: PGSVDConfig,
+    weights: Weights | None = None,
+    profiles: Mapping[str, SVDProfile] | None = None,
+) -> RankPlan:
     """Choose the rank of every target layer.
 
     Args:
         model: the dense model.
         targets: of `find_targets`.
         config: budget, groups, allocation and rank multiple.
+        weights: asked for the weights of one block at a time; by default all are in memory.
+        profiles: of the targets' weights, where they are known already.
 
     Returns:
         The plan over all targets, in model order.
@@ -36,9 +47,9 @@ def plan_ranks(model: nn.Module, targets: Targets, config: PGSVDConfig) -> RankP
     if config.ranks is not None:
         return given_ranks(targets.shapes, config.ranks)
     groups = budget_groups(targets, config)
-    needs_profiles = ALLOCATIONS.trait(config.allocation, "needs_profiles")
-    profiles = measure_profiles(model, targets) if needs_profiles else {}
-    plans = (allocate_group(glob, shapes, profiles, budget, config) for glob, (shapes, budget) in groups.items())
+    if profiles is None and ALLOCATIONS.trait(config.allocation, "needs_profiles"):
+        profiles = measure_profiles(model, targets, weights)
+    plans = (allocate_group(glob, shapes, profiles or {}, budget, config) for glob, (shapes, budget) in groups.items())
     return RankPlan.merge(plans, order=targets.names)
 
 
@@ -49,12 +60,21 @@ def check_request(model: nn.Module, targets: Targets, config: PGSVDConfig) -> No
         ConfigError: a budget is below the smallest ranks, or a given rank does not fit its layer.
         NonFiniteError: a weight holds NaN or infinity.
     """
+    check_budgets(targets, config)
+    for name in targets.names:
+        dense_weight(model, name)
+
+
+def check_budgets(targets: Targets, config: PGSVDConfig) -> None:
+    """Find what is wrong with a request for these layers, whatever their weights are.
+
+    Raises:
+        ConfigError: a budget is below the smallest ranks, or a given rank does not fit its layer.
+    """
     if config.ranks is not None:
         given_ranks(targets.shapes, config.ranks)
     else:
         budget_groups(targets, config)
-    for name in targets.names:
-        dense_weight(model, name)
 
 
 def budget_groups(targets: Targets, config: PGSVDConfig) -> dict[str, tuple[dict[str, LinearShape], Budget]]:
@@ -102,17 +122,45 @@ def given_ranks(shapes: Mapping[str, LinearShape], ranks: Mapping[str, int]) -> 
     )
 
 
-def measure_profiles(model: nn.Module, targets: Targets) -> dict[str, SVDProfile]:
-    """The profile `e(r)` of every target's weight.
+def measure_profiles(model: nn.Module, targets: Targets, weights: Weights | None = None) -> dict[str, SVDProfile]:
+    """The profile `e(r)` of every target's weight, each measured by one of the processes.
 
     Raises:
         NonFiniteError: a weight holds NaN or infinity.
     """
-    progress = logging.tqdm(targets.found, desc="Measuring weights", unit="layer", disable=None)
-    return {
-        target.name: SVDProfile(target.shape, singular_values(dense_weight(model, target.name)).cpu())
-        for target in progress
-    }
+    weights, peers = weights or InMemory(), Peers()
+    values: dict[str, Tensor] = {}
+    with logging.tqdm(total=len(targets.found), desc="Measuring weights", unit="layer", disable=None) as progress:
+        for block, owner in share_out_blocks(targets, peers).items():
+            found = [target for target in targets.found if target.block == block]
+            if owner == peers.rank:
+                with resident(weights, block):
+                    values |= {t.name: singular_values(dense_weight(model, t.name)).cpu() for t in found}
+            progress.update(len(found))
+    gathered = {name: value for part in peers.gather(values) for name, value in part.items()}
+    return {target.name: SVDProfile(target.shape, gathered[target.name]) for target in targets.found}
+
+
+def share_out_blocks(targets: Targets, peers: Peers) -> dict[str | None, int]:
+    """The process that measures the weights of each block, in model order."""
+    costs: dict[str | None, float] = {}
+    for target in targets.found:
+        costs[target.block] = costs.get(target.block, 0.0) + target.shape.solving_cost
+    owners = peers.share_out({str(block): cost for block, cost in costs.items()})
+    return {block: owners[str(block)] for block in costs}
+
+
+@contextmanager
+def resident(weights: Weights, block: str | None) -> Iterator[None]:
+    """A context in which the weights of a block are in memory; those outside of all always are."""
+    if block is None:
+        yield
+        return
+    weights.load(block)
+    try:
+        yield
+    finally:
+        weights.release(block)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -50,6 +51,11 @@ class LayerReport:
     tokens: int = 0
     seconds: float = 0.0
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
+        """The report that JSON describes."""
+        return cls(**{**values, "shape": tuple(values["shape"])})
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -80,6 +86,8 @@ class CompressionReport:
         notes: anything out of the ordinary.
         environment: versions.
         base_model: name on the Hub of the model that was compressed, if it came from there.
+        resources: what it took: `peak_memory_bytes` of the process, `tokens_per_second` of the calibration set.
+        request: fingerprints of the checkpoint and the calibration set, where a checkpoint on disk was compressed.
     """
 
     layers: tuple[LayerReport, ...]
@@ -92,6 +100,8 @@ class CompressionReport:
     notes: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     base_model: str | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    request: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_plan(
@@ -133,7 +143,7 @@ class CompressionReport:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CompressionReport:
         """The report that `to_dict` described."""
-        layers = tuple(LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in values["layers"])
+        layers = tuple(LayerReport.from_dict(layer) for layer in values["layers"])
         known = {
             "layers": layers,
             "model_before": ModelSize(**values["model_before"]),
@@ -212,6 +222,23 @@ def planned_layers(plan: RankPlan) -> list[LayerReport]:
         )
         for name, layer in plan.layers.items()
     ]
+
+
+def peak_memory() -> int:
+    """The largest resident set of this process so far, in bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory() -> int:
+    """Bytes of memory that processes can have without swapping."""
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 def environment() -> dict[str, str]:

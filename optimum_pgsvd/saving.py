@@ -18,6 +18,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from . import modeling_pgsvd
 from .card import CARD_NAME, MARKER, model_card, read_text
+from .elastic import Elastic, settle_elastic, write_elastic
 from .hub import SHARD, destination, upload
 from .logs import warn
 from .report import REPORT_NAME, CompressionReport
@@ -43,7 +44,9 @@ TOKENIZER_FILES = (
 HUB_OPTIONS = ("private", "revision", "create_pr", "commit_message", "commit_description", "tags")
 
 
-def attach_artifacts(model: PreTrainedModel, report: CompressionReport | None, tokenizer: Any = None) -> None:
+def attach_artifacts(
+    model: PreTrainedModel, report: CompressionReport | None, tokenizer: Any = None, elastic: Elastic | None = None
+) -> None:
     """Make `save_pretrained` and `push_to_hub` of this one model write everything a checkpoint should hold.
 
     The methods of the class are not touched. Without a tokenizer, the one of the place the model was loaded from is
@@ -53,16 +56,21 @@ def attach_artifacts(model: PreTrainedModel, report: CompressionReport | None, t
         model: compressed.
         report: of its compression, `None` where it is not known.
         tokenizer: tokenizer or processor, or where to load it from.
+        elastic: what cutting its checkpoint will need, of a model that was compressed with `elastic=True`.
     """
+    if elastic is not None:
+        elastic.seal(model)
     model.pgsvd_report = report
     model.pgsvd_tokenizer = tokenizer
+    model.pgsvd_elastic = elastic
     model.save_pretrained = MethodType(save_pretrained, model)
     model.push_to_hub = MethodType(push_to_hub, model)
 
 
 def detach_artifacts(model: PreTrainedModel) -> None:
     """Give a model that is dense again the methods of its class."""
-    for name in ("pgsvd_report", "pgsvd_tokenizer", "pgsvd_commit", "save_pretrained", "push_to_hub"):
+    attached = ("pgsvd_report", "pgsvd_tokenizer", "pgsvd_elastic", "pgsvd_commit", "save_pretrained", "push_to_hub")
+    for name in attached:
         vars(model).pop(name, None)
 
 
@@ -98,6 +106,7 @@ def save_pretrained(
     if push_to_hub and is_main_process:
         to, before = destination(repo_id, token, **options), written_when(save_directory)
     point_to_code(model)
+    settle_elastic(model)
     stock(model, save_directory, is_main_process, state_dict, **kwargs)
     if is_main_process:
         if kwargs.get("variant") is None:
@@ -138,7 +147,7 @@ def push_to_hub(
 
 
 def write_artifacts(model: PreTrainedModel, folder: str | os.PathLike, token: bool | str | None = None) -> None:
-    """Write report, card, tokenizer and, where asked for, the loading code."""
+    """Write report, card, tokenizer and, where asked for, what cutting needs and the loading code."""
     if model.pgsvd_report is None:
         model.pgsvd_report = load_report(model.name_or_path, revision=commit_of(model), token=token)
     if model.pgsvd_report is None:
@@ -149,6 +158,7 @@ def write_artifacts(model: PreTrainedModel, folder: str | os.PathLike, token: bo
         if not os.path.exists(path) or MARKER in read_text(path):
             model_card(model, model.pgsvd_report).save(path)
     save_tokenizer(model, folder, token)
+    write_elastic(model, folder)
     if model.config.quantization_config.self_contained:
         shutil.copyfile(modeling_pgsvd.__file__, os.path.join(folder, "modeling_pgsvd.py"))
 

@@ -45,6 +45,11 @@ class LinearShape:
         """Largest r with `r (m + n) < m n`; 0 where no factorisation saves anything."""
         return (self.dense_parameters - 1) // self.rank_cost
 
+    @property
+    def solving_cost(self) -> float:
+        """`m n min(m, n)`: what a decomposition of the weight costs, up to a factor that is the same for all."""
+        return float(self.dense_parameters) * self.full_rank
+
     def parameters(self, rank: int | None) -> int:
         """Parameters of the weight at a rank; `None` means dense."""
         return self.dense_parameters if rank is None else rank * self.rank_cost
@@ -140,6 +145,21 @@ class LowRankFactors:
     def to(self, dtype: torch.dtype) -> LowRankFactors:
         """The factors, contiguous, rounded once to `dtype`."""
         return LowRankFactors(self.left.to(dtype).contiguous(), self.right.to(dtype).contiguous())
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What the calibration set says of one layer: exactly one of the two matrices.
+
+    Args:
+        gram: `G = Xᵀ X (n, n)` of its inputs.
+        outputs: `W G Wᵀ (m, m)` of its outputs, the bias not counted.
+        energies: `(n,)`, the diagonal of G.
+    """
+
+    gram: Tensor | None
+    outputs: Tensor | None
+    energies: Tensor
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -105,13 +106,14 @@ def _is_block(module: nn.Module) -> bool:
     return not isinstance(module, LINEAR_TYPES) and any(isinstance(inner, LINEAR_TYPES) for inner in module.modules())
 
 
-def find_targets(model: nn.Module, config: PGSVDConfig) -> Targets:
+def find_targets(model: nn.Module, config: PGSVDConfig, stored: Collection[str] | None = None) -> Targets:
     """Every linear layer of the repeated blocks, less what must or shall stay dense.
 
     Args:
         model: any transformers model, on any device.
         config: for `modules_to_not_convert`, and for `ranks` and `groups`, whose globs may name layers outside the
             blocks.
+        stored: the only layers that can be targets; by default, any can.
 
     Returns:
         The targets in model order and what was skipped, with reasons.
@@ -138,6 +140,8 @@ def find_targets(model: nn.Module, config: PGSVDConfig) -> Targets:
             skipped[name] = f"modules_to_not_convert: {pattern}"
         elif block is None and not first_match(name, wanted):
             skipped[name] = "outside the repeated blocks"
+        elif stored is not None and name not in stored:
+            skipped[name] = "no target when the checkpoint was made"
         else:
             found.append(Target(name, weight_shape(module), block))
     names = [target.name for target in found]
@@ -199,9 +203,13 @@ def _reasons(model: nn.Module) -> dict[str, str]:
 @torch.no_grad()
 def acts_as_linear(module: Any) -> bool:
     """Whether a subclass of Linear computes what a Linear with its weight and bias does, tried on random inputs."""
-    if module.weight.device.type == "meta":
-        return False
     generator = torch.Generator().manual_seed(0)
+    if module.weight.is_meta:  # what it computes does not depend on its weights
+        module = copy.deepcopy(module)
+        for owner in module.modules():
+            for name, value in list(owner.named_parameters(recurse=False)):
+                drawn = torch.randn(value.shape, generator=generator).to(value.dtype)
+                setattr(owner, name, nn.Parameter(drawn, requires_grad=False))
     probe = torch.randn(2, weight_shape(module).in_features, generator=generator).to(module.weight)
     try:
         outputs = module(probe)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
 import pytest
 import reference
 import torch
 from cases import gaussian
-from models import FAMILIES, Family, each_family
-from torch import nn
+from models import FAMILIES, Batch, Family, generator
+from torch import Tensor, nn
+from toys import TOYS, Layer, PassesBy, Toy, toy, toy_batches
+from transformers import PreTrainedModel
+from watch import Inputs, Watch, plain_forward
 
 from optimum_pgsvd import CalibrationError, ConfigError, PGSVDCompressor, PGSVDConfig
 from optimum_pgsvd.calibration import AnchoredRecorder, BlockWalk, GramRecorder
 from optimum_pgsvd.linalg import anchored_weight, output_projection
 from optimum_pgsvd.linalg.anchor import RIDGE
 from optimum_pgsvd.modeling_pgsvd import low_rank_layers
-from optimum_pgsvd.targets import find_targets
+from optimum_pgsvd.targets import LINEAR_TYPES, find_blocks, find_targets
 
 
 def streams(tokens: int = 200, features: int = 12):
@@ -63,86 +71,295 @@ def test_projecting_it_is_reduced_rank_regression(rank):
 
 # The two streams
 
-
-def walked(family: Family, blend: float = 0.5):
-    model, batches = family.build(), family.batches(2)
-    targets = find_targets(model, PGSVDConfig(parameter_reduction=0.3))
-    walk = BlockWalk(model, targets.blocks, batches)
-    walk.capture([])
-    return model, targets, walk
+# ALBERT's one block runs several times, and is refused.
+OTHERS = [family for family in FAMILIES.values() if family.name != "albert"]
+each_other_family = pytest.mark.parametrize("family", OTHERS, ids=[family.name for family in OTHERS])
 
 
-def layers_of(model, targets, block):
-    return {t.name: model.get_submodule(t.name) for t in targets.found if t.block == block}
+def linears(model: nn.Module, block: str = "") -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, LINEAR_TYPES) and name.startswith(block)}
 
 
-@each_family
+@contextmanager
+def surveyed(model: nn.Module, batches: list[Batch], **options) -> Iterator[BlockWalk]:
+    with BlockWalk(model, find_blocks(model), batches, **options) as walk:
+        walk.survey({})
+        yield walk
+
+
+def recorder_of(walk: BlockWalk, blend: float = 0.5) -> Callable[[str], AnchoredRecorder]:
+    return lambda block: AnchoredRecorder(linears(walk.model, f"{block}."), walk.rows, None, blend)
+
+
+def assert_streams_are_one(model: nn.Module, batches: list[Batch]) -> None:
+    """With nothing replaced, every layer sees twice what it sees in parallel calibration, and aims at its own."""
+    with surveyed(model, batches) as walk:
+        plain = dict(walk.measure(lambda block: GramRecorder(linears(model, f"{block}."), walk.rows)))
+    with surveyed(model, batches) as walk:
+        found = dict(walk.measure_anchored(recorder_of(walk)))
+    assert list(found) == list(plain)
+    for block, recorder in found.items():
+        assert recorder.tokens == plain[block].tokens
+        for name in recorder.layers:
+            gram = recorder.moments(name).gram
+            assert torch.equal(gram, plain[block].moments(name).gram)
+            weight = torch.eye(len(gram), dtype=torch.float64)
+            torch.testing.assert_close(recorder.goal(name, weight), weight, rtol=0, atol=1e-9)
+
+
+@each_other_family
 def test_with_nothing_replaced_the_streams_are_one(family: Family):
-    model, targets, walk = walked(family)
-    _, _, dense_walk = walked(family)
-    for block in walk.blocks:
-        recorder = AnchoredRecorder(layers_of(model, targets, block), walk.padding.rows, None, 0.5)
-        plain = GramRecorder(layers_of(dense_walk.model, targets, block), dense_walk.padding.rows)
-        with recorder:
-            walk.run_anchored(block, recorder)
-        with plain:
-            dense_walk.run(block)
-        walk.advance(block)
-        for name, layer in recorder.layers.items():
-            assert torch.equal(recorder.gram(name), plain.gram(name))
-            # (β x + (1 − β) x)ᵀ x in float32 against xᵀ x
-            weight = torch.eye(layer_features(layer), dtype=torch.float64)
-            torch.testing.assert_close(recorder.goal(name, weight), weight, rtol=0, atol=1e-2)
-    assert not any(walk._outputs)
-    assert not any(walk._compressed)
+    assert_streams_are_one(family.build(), family.batches(2))
 
 
-def layer_features(layer):
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0]
+STRAIGHT = [name for name in TOYS if name != "every block twice"]
 
 
-def test_later_blocks_see_what_the_changed_ones_put_out():
-    family = FAMILIES["llama"]
-    model, targets, walk = walked(family)
-    first, second = walk.blocks
-    dense_inputs = inputs_of(model, second, walk.batches)
-    recorder = AnchoredRecorder(layers_of(model, targets, first), walk.padding.rows, None, 0.5)
-    with recorder:
-        walk.run_anchored(first, recorder)
-    with torch.no_grad():
-        model.get_submodule(first).mlp.down_proj.weight.mul_(0.5)
-    walk.advance(first)
-    changed_inputs = inputs_of(model, second, walk.batches)
-    for kept, expected in ((walk._outputs, dense_inputs), (walk._compressed, changed_inputs)):
-        for outputs, tensor in zip(kept, expected, strict=True):
-            assert any(torch.equal(value, tensor) for value in outputs.values())
-    assert not torch.equal(dense_inputs[0], changed_inputs[0])
+@pytest.mark.parametrize("name", STRAIGHT)
+def test_with_nothing_replaced_the_streams_of_odd_models_are_one(name: str):
+    """Blocks may change their inputs in place: the second pass is not given what the first one left."""
+    assert_streams_are_one(toy(TOYS[name]), toy_batches(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_with_nothing_replaced_the_streams_are_one_in_half_precision(dtype: torch.dtype):
+    """However the sums are rounded: what is divided by RIDGE is a difference of inputs, not of sums."""
+    assert_streams_are_one(FAMILIES["llama"].build().to(dtype), FAMILIES["llama"].batches(4))
 
 
 @torch.no_grad()
-def inputs_of(model, block, batches):
-    seen = []
-    hook = model.get_submodule(block).register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-    for batch in batches:
-        model(**batch, use_cache=False)
-    hook.remove()
-    return seen
+def disturb(model: nn.Module, block: str) -> None:
+    """In the place of compression."""
+    source = generator(len(block))
+    for parameter in model.get_submodule(block).parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=source, dtype=parameter.dtype)
+
+
+def in_float64(model: nn.Module, batches: list[Batch]) -> tuple[nn.Module, list[Batch]]:
+    """So that all sums are exact enough to be divided by RIDGE."""
+    floating = [{k: v.double() if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
+    if isinstance(model, PreTrainedModel) and "experts" in str(list(model.state_dict())):
+        model.set_experts_implementation("eager")  # others have no float64
+    return model.double(), floating
+
+
+def inputs_of(model: nn.Module, layers: Iterable[str], batches: list[Batch]) -> dict[str, Tensor]:
+    with Inputs(model, layers) as inputs:
+        for batch in batches:
+            plain_forward(model, batch)
+    return {name: torch.cat(rows) for name, rows in inputs.rows.items()}
+
+
+def assert_compressed_inputs_are_seen(model: nn.Module, batches: list[Batch], blend: float) -> dict[str, float]:
+    """Each block is measured on what the model gives it whose earlier blocks were changed.
+
+    Returns:
+        How far that is from what the dense model gives it, by layer.
+    """
+    expected = copy.deepcopy(model)
+    dense = inputs_of(model, linears(model), batches)
+    distances = {}
+    with surveyed(model, batches) as walk:
+        for block, recorder in walk.measure_anchored(recorder_of(walk, blend)):
+            compressed = inputs_of(expected, recorder.layers, batches)
+            for name, x in compressed.items():
+                torch.testing.assert_close(recorder.moments(name).gram, x.T @ x, rtol=1e-10, atol=1e-10)
+                weight = gaussian(3, x.shape[1], seed=0)
+                ridge = RIDGE * float(x.square().sum() / x.shape[1])
+                goal = reference.anchored_weight(weight, dense[name], x, blend, ridge)
+                torch.testing.assert_close(recorder.goal(name, weight), goal, rtol=1e-6, atol=1e-6)
+                distances[name] = float((x - dense[name]).norm() / x.norm())
+            disturb(model, block)
+            disturb(expected, block)
+    first, last = (
+        [distance for name, distance in distances.items() if name.startswith(f"{walk.blocks[place]}.")]
+        for place in (0, -1)
+    )
+    assert max(first) == 0 < min(last)
+    return distances
+
+
+@each_other_family
+def test_blocks_see_what_the_changed_ones_before_them_put_out(family: Family):
+    assert_compressed_inputs_are_seen(*in_float64(family.build(), family.batches(2)), 0.5)
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper", "llama"])
+def test_what_lies_between_the_blocks_sees_it_too(name: str, blend: float):
+    """A decoder reads what the compressed encoder and its norm make of the inputs."""
+    model, batches = in_float64(FAMILIES[name].build(), FAMILIES[name].batches(2))
+    distances = assert_compressed_inputs_are_seen(model, batches, blend)
+    if name != "llama":
+        cross = [k for k in distances if "decoder" in k and ("EncDec" in k or "encoder_attn" in k)]
+        read = [k for k in cross if k.split(".")[-1] in ("k", "v", "k_proj", "v_proj")]
+        assert len(read) == 4
+        assert min(distances[name] for name in read) > 0.01
+
+
+@pytest.mark.parametrize("name", [name for name in STRAIGHT if name != "blocks side by side"])
+def test_odd_models_see_it_too(name: str):
+    model, batches = in_float64(toy(TOYS[name]), toy_batches(2))
+    assert_compressed_inputs_are_seen(model, batches, 0.5)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["images first", "texts first"])
+def test_images_and_texts(order: tuple[int, int]):
+    kinds = FAMILIES["llava"].batches(2), FAMILIES["llama"].batches(2, seed=1)
+    batches = [batch for place in order for batch in kinds[place]]
+    assert_compressed_inputs_are_seen(*in_float64(FAMILIES["llava"].build(), batches), 0.5)
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
+def test_the_blend(blend: float):
+    """0 aims at the layer's own outputs on what it is fed, 1 at those of the dense model."""
+    model, batches = in_float64(FAMILIES["llama"].build(), FAMILIES["llama"].batches(4))
+    name = "model.layers.1.self_attn.q_proj"
+    dense, weight = inputs_of(model, [name], batches)[name], model.get_submodule(name).weight.detach().clone()
+    with surveyed(model, batches) as walk:
+        blocks = walk.measure_anchored(recorder_of(walk, blend))
+        disturb(model, next(blocks)[0])
+        goal = next(blocks)[1].goal(name, weight)
+    expected = inputs_of(model, [name], batches)[name]
+    own, aimed = expected @ weight.T, dense @ weight.T
+    assert not torch.equal(own, aimed)
+    if blend == 0:
+        torch.testing.assert_close(goal, weight, rtol=0, atol=1e-9)
+    if blend == 1:
+        best = torch.linalg.lstsq(expected, aimed, driver="gelsd").solution
+        least = float((expected @ best - aimed).square().sum())
+        assert float((expected @ goal.T - aimed).square().sum()) < 1.02 * least < float((own - aimed).square().sum())
+
+
+class LinearsOutside(Toy):
+    """Before, between and after the blocks."""
+
+    def __init__(self, *blocks: nn.Module):
+        super().__init__(*blocks)
+        self.stem, self.bridge, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = self.bridge(layer(x))
+        return self.head(x)
+
+
+def test_linears_before_between_and_after_the_blocks_see_the_dense_model():
+    """Once a batch, though two passes of each run through them."""
+    model, batches = in_float64(toy(lambda: LinearsOutside(Layer(), Layer())), toy_batches(2))
+    layers = {name: model.get_submodule(name) for name in ("stem", "bridge", "head")}
+    dense = inputs_of(model, layers, batches)
+    with surveyed(model, batches, whole=True) as walk:
+        outside = GramRecorder(layers, walk.rows)
+        for block, _ in walk.measure_anchored(recorder_of(walk), outside):
+            disturb(model, block)
+    assert outside.tokens == {"stem": 40, "bridge": 80, "head": 40}
+    for name, x in dense.items():
+        torch.testing.assert_close(outside.moments(name).gram, x.T @ x, rtol=1e-10, atol=1e-10)
+
+
+def test_layers_outside_the_blocks_see_the_dense_model():
+    model, batches = in_float64(FAMILIES["llama"].build(), FAMILIES["llama"].batches(2))
+    dense = inputs_of(model, ["lm_head"], batches)["lm_head"]
+    with surveyed(model, batches, whole=True) as walk:
+        outside = GramRecorder({"lm_head": model.lm_head}, walk.rows)
+        for block, _ in walk.measure_anchored(lambda block: None, outside):
+            disturb(model, block)
+    torch.testing.assert_close(outside.moments("lm_head").gram, dense.T @ dense, rtol=1e-10, atol=1e-10)
+    assert outside.tokens == {"lm_head": len(dense)}
+
+
+@pytest.mark.parametrize(("recorded", "times"), [(True, 3), (False, 2)])
+def test_how_often_a_block_runs(recorded: bool, times: int):
+    """On the dense model's inputs, on the compressed blocks', and once more when it is compressed itself."""
+    model, batches = FAMILIES["t5"].build(), FAMILIES["t5"].batches(3)
+    with surveyed(model, batches) as walk, Watch(model, walk.modules) as watch:
+        list(walk.measure_anchored(recorder_of(walk) if recorded else lambda block: None))
+    assert Counter(call.block for call in watch.calls) == dict.fromkeys(find_blocks(model), times * 3)
+
+
+# What goes wrong
 
 
 def test_rows_that_cannot_be_paired_are_refused():
     layer = nn.Linear(4, 4)
-    recorder = AnchoredRecorder({"experts.0": layer}, lambda x: x.reshape(-1, 4), None, 0.5)
+    recorder = AnchoredRecorder({"experts.0": layer}, lambda x, values: values.reshape(-1, 4), None, 0.5)
     with recorder:
         layer(torch.ones(3, 4))
         recorder.pairing = "compressed"
         with pytest.raises(CalibrationError, match=r"experts\.0 sees 3 rows in the dense model and 2 after"):
             layer(torch.ones(2, 4))
+    with recorder, pytest.raises(CalibrationError, match=r"experts\.0 sees 0 rows in the dense model and 2 after"):
+        layer(torch.ones(2, 4))
+
+
+REPEATED = "layers.0 runs more than once in a forward pass, and anchored calibration fits a block where it runs; use "
+
+
+def test_blocks_that_run_twice_are_refused():
+    model = toy(TOYS["every block twice"])
+    with surveyed(model, toy_batches(2)) as walk, pytest.raises(CalibrationError, match=f"^{REPEATED}"):
+        next(walk.measure_anchored(recorder_of(walk)))
+
+
+def test_albert_is_refused_and_left_as_it_was():
+    family = FAMILIES["albert"]
+    model, batches = family.build(), family.batches(2)
+    before, modules = {k: v.clone() for k, v in model.state_dict().items()}, list(model.modules())
+    config = PGSVDConfig(parameter_reduction=0.4, dataset=batches, calibration="anchored")
+    with pytest.raises(CalibrationError, match=r"runs more than once .*; use calibration='parallel'$"):
+        PGSVDCompressor(config).compress(model)
+    assert list(model.modules()) == modules
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("signs", [(1, -1, 1), (1, -1, -1)], ids=str)
+def test_batches_of_one_kind_that_take_two_ways_are_refused(signs: tuple[int, ...]):
+    model = toy(lambda: PassesBy(Layer(), Layer(), Layer()))
+    message = r"^batch 0 reaches layers.2 in the dense model but not after compression, or batches with the same"
+    with surveyed(model, toy_batches(3, *signs)) as walk, pytest.raises(CalibrationError, match=message):
+        list(walk.measure_anchored(recorder_of(walk)))
+
+
+class Routes(Toy):
+    """Its second block runs where its first one puts out little."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        if float(x.abs().max()) < 100:
+            x = self.layers[1](x)
+        return self.layers[2](x)
+
+
+@pytest.mark.parametrize(("bias", "where"), [(0.0, "layers.1"), (1e3, "layers.2")], ids=["left out", "added"])
+def test_another_way_after_compression_is_refused(bias: float, where: str):
+    """A block that the compressed model leaves out, or that the dense one does."""
+    model = toy(lambda: Routes(Amplifies(bias), Layer(), Layer()))
+    message = f"^batch 0 reaches {where} in the dense model but not after compression"
+
+    def change(walk: BlockWalk) -> None:
+        for block, _ in walk.measure_anchored(recorder_of(walk)):
+            if block == "layers.0":
+                model.layers[0].offset = 1e3 - bias
+
+    with surveyed(model, toy_batches(2)) as walk, pytest.raises(CalibrationError, match=message):
+        change(walk)
+
+
+class Amplifies(Layer):
+    def __init__(self, offset: float):
+        super().__init__()
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.offset
 
 
 # End to end
 
 
-@each_family
+@each_other_family
 def test_the_first_block_is_fitted_as_in_parallel_and_later_ones_are_not(family: Family):
     """Nothing was compressed before the first block: its two inputs are one."""
     models = {}
@@ -159,10 +376,10 @@ def test_the_first_block_is_fitted_as_in_parallel_and_later_ones_are_not(family:
         differences[name] = ((other - product).norm() / product.norm()).item()
     block = find_targets(family.build(), PGSVDConfig(parameter_reduction=0.4)).blocks[0]
     first = {name: difference for name, difference in differences.items() if name.startswith(f"{block}.")}
-    # The two inputs are blended in float32, and that rounding is divided by RIDGE.
-    assert max(first.values()) < 1e-2
+    # Some are fitted to the float32 outputs of the layer in one and to its inputs in the other.
+    assert max(first.values()) < 1e-3
     later = [difference for name, difference in differences.items() if name not in first]
-    assert not later or max(later) > 3e-2
+    assert max(later) > 3e-2
 
 
 @pytest.mark.parametrize(

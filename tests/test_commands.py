@@ -167,3 +167,18 @@ def test_optimum_s_interface_compresses_and_saves(dense, texts, tmp_path):
         PGSVDCompressor.from_pretrained(dense, config=config).quantize(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"from_pretrained\(model, config=\.\.\.\)"):
         PGSVDCompressor(config).quantize(tmp_path / "other")
+
+
+def test_an_elastic_checkpoint_is_cut_by_compressing_it(dense, tmp_path):
+    out, smaller, direct = (tmp_path / name for name in ("out", "smaller", "direct"))
+    budget = ["--parameter-reduction", 0.4]
+    run("compress", "--model", dense, "--solver", "svd", "--parameter-reduction", 0.05, "--elastic", "--output", out)
+    inspected = run("inspect", out).stdout
+    assert "elastic: " in inspected
+    assert f"{sum(read_contents(out).dtypes.values()):,} parameters in the files" in inspected
+    run("compress", "--model", out, *budget, "--output", smaller)
+    run("compress", "--model", dense, "--solver", "svd", *budget, "--output", direct)
+    assert read_contents(smaller).factors == read_contents(direct).factors
+    assert "elastic: " not in run("inspect", smaller).stdout
+    done = run("compress", "--model", out, "--parameter-reduction", 0.01, "--output", tmp_path / "larger", expect=2)
+    assert "error: the checkpoint gives " in done.stderr

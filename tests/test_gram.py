@@ -1,40 +1,65 @@
-"""Gram matrices: of real tokens only, the same however they are cut, and fit to be decomposed."""
+"""Second moments of layers: of real tokens only, the same however they are cut, and fit to be decomposed."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
-from models import FAMILIES, ODD, Batch, Family, generator, images, token_ids
+from cases import gaussian
+from models import FAMILIES, ODD, Batch, Family, each_family, generator, images, token_ids
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from watch import Inputs, plain_forward
 
 from optimum_pgsvd import PGSVDCompressor, PGSVDConfig
-from optimum_pgsvd.calibration import GramRecorder, InputSurvey
+from optimum_pgsvd.calibration import GramRecorder, InputSurvey, measured_by_outputs
 from optimum_pgsvd.calibration.data import complete
 from optimum_pgsvd.calibration.padding import PaddingMask
 from optimum_pgsvd.errors import CalibrationError, NonFiniteError
-from optimum_pgsvd.factoring import Clock, measured_groups
+from optimum_pgsvd.factoring import Clock, InPlace, Job, measured
 from optimum_pgsvd.modeling_pgsvd import LowRankLinear
+from optimum_pgsvd.planning import dense_weight, given_ranks
+from optimum_pgsvd.structures import Moments
 from optimum_pgsvd.targets import find_targets
 
 
-# Every linear of a model, inside the blocks and outside.
-EVERYTHING = PGSVDConfig(tolerance=0.5, groups={"*": {"tolerance": 0.5}})
+# Every linear of a model, inside the blocks and outside. The one solver asks for the inputs' moments, the other is
+# content with the outputs' where these are smaller.
+GRAMS = PGSVDConfig(tolerance=0.5, groups={"*": {"tolerance": 0.5}}, solver="als")
+SMALLEST = PGSVDConfig(tolerance=0.5, groups={"*": {"tolerance": 0.5}}, solver="eigh")
+each_solver = pytest.mark.parametrize("config", [GRAMS, SMALLEST], ids=lambda config: config.solver)
 
 
-def grams_of(model: PreTrainedModel, batches: list[Batch]) -> dict[str, Tensor]:
-    """As `factor` gets them."""
-    targets = find_targets(model, EVERYTHING).found
-    groups = measured_groups(model, list(targets), batches, EVERYTHING, Clock(), [])
-    return {target.name: recorder.gram(target.name) for group, recorder, _ in groups for target in group}
+def recorders_of(
+    model: PreTrainedModel, batches: list[Batch], config: PGSVDConfig
+) -> Iterator[tuple[list[str], GramRecorder]]:
+    """As `factor` gets them, with the layers that each has recorded."""
+    targets = find_targets(model, config)
+    plan = given_ranks(targets.shapes, dict.fromkeys(targets.names, 1))
+    job = Job(model, targets, plan, batches, config, Clock(), InPlace())
+    for block, recorder in measured(job):
+        yield [target.name for target in job.in_block(block)], recorder
 
 
-def all_rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+def moments_of(model: PreTrainedModel, batches: list[Batch], config: PGSVDConfig = SMALLEST) -> dict[str, Moments]:
+    return {name: recorder.moments(name) for names, recorder in recorders_of(model, batches, config) for name in names}
+
+
+def grams_of(model: PreTrainedModel, batches: list[Batch], config: PGSVDConfig = GRAMS) -> dict[str, Tensor]:
+    """The matrices, be they of inputs or of outputs."""
+    moments = moments_of(model, batches, config)
+    assert config is SMALLEST or all(value.outputs is None for value in moments.values())
+    return {name: value.outputs if value.gram is None else value.gram for name, value in moments.items()}
+
+
+def all_rows(x: Tensor, values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])
 
 
 def record(pieces: list[Tensor]) -> Tensor:
@@ -43,7 +68,10 @@ def record(pieces: list[Tensor]) -> Tensor:
     with GramRecorder({"layer": layer}, all_rows) as recorder:
         for piece in pieces:
             layer(piece)
-    return recorder.gram("layer")
+    moments = recorder.moments("layer")
+    assert moments.outputs is None
+    assert torch.equal(moments.energies, moments.gram.diagonal())
+    return moments.gram
 
 
 # Sums
@@ -57,7 +85,7 @@ def test_grams_are_those_of_one_plain_forward(family: Family) -> None:
     with Inputs(model, grams) as inputs:
         for batch in batches:
             plain_forward(model, batch)
-    assert set(grams) == set(find_targets(model, EVERYTHING).names)
+    assert set(grams) == set(find_targets(model, GRAMS).names)
     for name, gram in grams.items():
         x = torch.cat(inputs.rows[name])
         bound = x.shape[0] * torch.finfo(torch.float32).eps * (x.abs().T @ x.abs())
@@ -69,7 +97,7 @@ def test_grams_are_those_of_one_plain_forward(family: Family) -> None:
 def test_any_chunking_is_the_whole(chunk: int, dtype: torch.dtype) -> None:
     """Whole numbers up to 16, so that every sum is exact in float32, though not in bfloat16 or float16."""
     x = torch.randint(-16, 17, (200, 6), generator=generator(0))
-    assert torch.equal(record(list(x.to(dtype).split(chunk))), (x.T @ x).double())
+    assert torch.equal(record(list(x.to(dtype).split(chunk))).double(), (x.T @ x).double())
 
 
 def test_batches_are_summed_in_float64() -> None:
@@ -102,15 +130,66 @@ LEADERS = {
 
 def test_layers_fed_one_tensor_share_one_matrix() -> None:
     model, batches = FAMILIES["llama"].build(), FAMILIES["llama"].batches(2)
-    targets = list(find_targets(model, EVERYTHING).found)
-    blocks = [
-        recorder for group, recorder, _ in measured_groups(model, targets, batches, EVERYTHING, Clock(), []) if group
-    ]
+    blocks = [(names, recorder) for names, recorder in recorders_of(model, batches, GRAMS) if len(names) > 1]
     assert len(blocks) == 2
-    for recorder in blocks:
+    for names, recorder in blocks:
         last = {name.split(".")[-1]: leader.split(".")[-1] for name, leader in recorder.leaders.items()}
         assert last == LEADERS
-        assert len(recorder._grams) == 4
+        assert len({recorder.moments(name).gram.data_ptr() for name in names}) == 4
+
+
+def plain_leaders(model: PreTrainedModel, batch: Batch) -> dict[str, str]:
+    """For each linear the first, in the order of the calls, that is fed the very same tensors in the same state."""
+    fed: dict[str, list[tuple]] = {}
+    alive = []
+
+    def hook(name: str):
+        def before(module: nn.Module, args: tuple) -> None:
+            alive.append(args[0])  # so that no other tensor gets its identity
+            fed.setdefault(name, []).append((id(args[0]), args[0]._version))
+
+        return before
+
+    hooks = [model.get_submodule(t).register_forward_pre_hook(hook(t)) for t in find_targets(model, GRAMS).names]
+    plain_forward(model, batch)
+    [handle.remove() for handle in hooks]
+    return {name: next(other for other in fed if fed[other] == inputs) for name, inputs in fed.items()}
+
+
+@each_family
+def test_leaders_are_the_first_that_are_called(family: Family) -> None:
+    model, batches = family.build(), family.batches(2)
+    expected = plain_leaders(model, batches[0])
+    for names, recorder in recorders_of(model, batches, GRAMS):
+        for name in names:
+            assert recorder.leaders[name] == next(n for n in expected if n in names and expected[n] == expected[name])
+
+
+CALLED_FIRST = {"opt": ("k_proj", "q_proj"), "bart": ("k_proj", "q_proj"), "llama": ("q_proj", "q_proj")}
+
+
+@pytest.mark.parametrize("name", CALLED_FIRST)
+def test_the_order_of_calls_is_not_always_that_of_the_modules(name: str) -> None:
+    defined, called = CALLED_FIRST[name]
+    model, batches = FAMILIES[name].build(), FAMILIES[name].batches(1)
+    names, recorder = next(recorders_of(model, batches, GRAMS))
+    shared = [name for name in names if recorder.leaders[name].split(".")[-1] == called]
+    assert [name.split(".")[-1] for name in shared][0] == defined
+    assert len(shared) == 3
+
+
+@each_solver
+def test_a_leader_that_is_left_out(config: PGSVDConfig) -> None:
+    model, batches = FAMILIES["opt"].build(), FAMILIES["opt"].batches(2)
+    expected = grams_of(model, batches, config)
+    left_out = PGSVDConfig(tolerance=0.5, solver=config.solver, modules_to_not_convert=["q_proj"])
+    found = {}
+    for names, recorder in recorders_of(model, batches, left_out):
+        assert not any("v_proj" in leader for leader in recorder.leaders.values())
+        found |= {name: recorder.moments(name) for name in names}
+    assert not any("q_proj" in name for name in found)
+    for name, moments in found.items():
+        assert torch.equal(expected[name], moments.outputs if moments.gram is None else moments.gram)
 
 
 class Pair(nn.Module):
@@ -154,9 +233,30 @@ def test_sharing_by_any_rule(name: str) -> None:
         [pair(piece) for piece in pieces]
     for layer in layers:
         x = torch.cat(inputs.rows[layer])
-        torch.testing.assert_close(recorder.gram(layer), x.T @ x, rtol=0, atol=1e-5)
-        assert survey.tokens[layer] == x.shape[0]
+        torch.testing.assert_close(recorder.moments(layer).gram, x.T @ x, rtol=0, atol=1e-5)
+        assert survey.tokens[layer] == recorder.tokens[layer] == x.shape[0]
     assert (survey.leaders["second"] == "first") == (name == "together")
+
+
+@pytest.mark.parametrize("pairing", ["apart", "shared"])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", RULES)
+def test_sharing_that_the_survey_could_not_foresee(name: str, sign: int, pairing: str) -> None:
+    """What was seen of one piece need not hold for others: then there is an error, and never a wrong matrix."""
+    pair, layers = Pair(RULES[name]), ("first", "second")
+    pieces = [torch.randn(4, 3, generator=generator(seed), dtype=torch.float64).float() for seed in range(6)]
+    modules = {layer: getattr(pair, layer) for layer in layers}
+    with InputSurvey(modules, all_rows) as survey:
+        pair(next(piece for piece in pieces if piece.sum() * sign > 0))
+    leaders = survey.leaders if pairing == "apart" else {"first": "first", "second": "first"}
+    parted = name != "together" and leaders.get("second") == "first"
+    message = "^second and first were fed the same tensor at first, and different ones later in the calibration set;"
+    with pytest.raises(CalibrationError, match=message) if parted else nullcontext():
+        with Inputs(pair, layers) as inputs, GramRecorder(modules, all_rows, leaders) as recorder:
+            [pair(piece) for piece in pieces]
+        for layer in layers:
+            x, gram = torch.cat(inputs.rows[layer]), recorder.moments(layer).gram
+            torch.testing.assert_close(gram, x.T @ x, rtol=0, atol=1e-5)
 
 
 def test_layers_of_two_blocks_share_nothing() -> None:
@@ -174,6 +274,124 @@ def test_layers_of_two_blocks_share_nothing() -> None:
     grams = grams_of(SideBySide().eval(), [{"x": x}])
     assert len(grams) == 3
     assert all(torch.equal(gram, (x.T @ x).double()) for gram in grams.values())
+
+
+# The moments of outputs
+
+
+def dense_of(layer: nn.Module) -> Tensor:
+    weight = layer.weight.detach().double()
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def layers_of_outputs(bias: bool, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Two with fewer outputs than inputs, and a `Conv1D`, which always has a bias."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = {"one": nn.Linear(16, 5, bias=bias), "two": nn.Linear(16, 3, bias=bias), "conv": Conv1D(4, 16)}
+        for layer in layers.values():
+            if layer.bias is not None:
+                nn.init.normal_(layer.bias)
+    return {name: layer.to(dtype) for name, layer in layers.items()}
+
+
+# Outputs are rounded to their dtype after the bias is added, a few times in float32; entries are sums of 60 squares of
+# numbers near 1.
+OUTPUTS = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 8.0}
+
+
+@pytest.mark.parametrize("leaders", [None, {"one": "one", "two": "one", "conv": "one"}], ids=["apart", "shared"])
+@pytest.mark.parametrize("dtype", OUTPUTS)
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_moments_of_outputs(bias: bool, dtype: torch.dtype, leaders: dict[str, str] | None) -> None:
+    """`W G Wᵀ` of each layer's own outputs, the bias not counted, and the diagonal of G."""
+    layers, pieces = layers_of_outputs(bias, dtype), [gaussian(20, 16, seed=seed).to(dtype) for seed in range(3)]
+    with GramRecorder(layers, all_rows, leaders, layers) as recorder:
+        for piece, layer in itertools.product(pieces, layers.values()):
+            layer(piece.reshape(4, 5, 16))
+    x = torch.cat(pieces).double()
+    for name, layer in layers.items():
+        moments, weight = recorder.moments(name), dense_of(layer)
+        assert moments.gram is None
+        assert recorder.tokens[name] == 60
+        expected = weight @ x.T @ x @ weight.T
+        torch.testing.assert_close(moments.outputs.double(), expected, rtol=0, atol=OUTPUTS[dtype])
+        torch.testing.assert_close(moments.energies.double(), (x.T @ x).diagonal(), rtol=1e-6, atol=0)
+        if layer.bias is not None:  # a control: the bias would make a difference
+            y = x @ weight.T + layer.bias.double()
+            assert float((y.T @ y - expected).abs().max()) > 2 * OUTPUTS[dtype]
+
+
+@torch.no_grad()
+def test_inputs_of_some_layers_and_outputs_of_others() -> None:
+    """A layer whose leader is measured by its outputs leads."""
+    layers, x = layers_of_outputs(False, torch.float64), gaussian(20, 16, seed=0)
+    for by_outputs in itertools.chain.from_iterable(itertools.combinations(layers, size) for size in range(4)):
+        with GramRecorder(layers, all_rows, dict.fromkeys(layers, "one"), by_outputs) as recorder:
+            [layer(x) for layer in layers.values()]
+        for name, layer in layers.items():
+            moments, y = recorder.moments(name), x @ dense_of(layer).T
+            assert (moments.gram is None) == (name in by_outputs)
+            found, expected = (moments.gram, x.T @ x) if moments.outputs is None else (moments.outputs, y.T @ y)
+            torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(moments.energies, (x.T @ x).diagonal(), rtol=1e-12, atol=0)
+
+
+@each_family
+def test_moments_of_outputs_of_one_plain_forward(family: Family) -> None:
+    """As far as float32 outputs and products of two batches allow: 1e-4 of the layer's largest output."""
+    model, batches = family.build(), family.batches(2)
+    moments = moments_of(model, batches)
+    with Inputs(model, moments) as inputs:
+        for batch in batches:
+            plain_forward(model, batch)
+    by_outputs = {name for name, value in moments.items() if value.gram is None}
+    assert bool(by_outputs) == (family.name not in ("mixtral", "gpt_oss"))  # whose experts are no linears
+    for name, value in moments.items():
+        x, weight = torch.cat(inputs.rows[name]), dense_weight(model, name).double()
+        torch.testing.assert_close(value.energies, (x.T @ x).diagonal(), rtol=1e-5, atol=0)
+        expected, found = x.T @ x, value.gram
+        if name in by_outputs:
+            expected, found = weight @ expected @ weight.T, value.outputs
+            assert weight.shape[0] < weight.shape[1]
+        assert float((found - expected).abs().max()) <= 1e-4 * float(expected.diagonal().max()), name
+
+
+# (m, n) of layers that share their input, and whether their outputs are measured
+GROUPS = [
+    ([(3, 4)], True),
+    ([(4, 4)], False),
+    ([(5, 4)], False),
+    ([(3, 5), (3, 5)], True),  # 18 < 25
+    ([(4, 5), (3, 5)], False),  # 25, no fewer
+    ([(4, 5), (2, 5)], True),  # 20
+    ([(2, 5), (5, 5)], False),  # one is square
+    ([(1, 5), (1, 5), (6, 5)], False),
+    ([(2, 5)] * 6, True),  # 24
+    ([(2, 5)] * 7, False),  # 28
+]
+
+
+@pytest.mark.parametrize("ours", range(len(GROUPS)))
+def test_what_is_measured_by_outputs(ours: int) -> None:
+    """Beside a group of another kind, and with the leader not the first that is defined."""
+    shapes, leaders, expected = {}, {}, set()
+    for number, (group, chosen) in enumerate([GROUPS[ours], GROUPS[0], GROUPS[1]]):
+        names = [f"{number}.{i}" for i in range(len(group))]
+        shapes |= dict(zip(names, group, strict=True))
+        leaders |= dict.fromkeys(reversed(names), names[-1])
+        expected |= {name for name in names if chosen}
+    assert measured_by_outputs(shapes, leaders) == expected
+    some = {name: shape for name, shape in shapes.items() if name != "0.0"}
+    rest = GROUPS[ours][0][1:]
+    fewer = bool(rest) and all(m < n for m, n in rest) and sum(m * m for m, _ in rest) < rest[0][1] ** 2
+    assert any(name.startswith("0.") for name in measured_by_outputs(some, leaders)) == fewer
+
+
+def test_layers_that_share_nothing_are_chosen_one_by_one() -> None:
+    assert measured_by_outputs({"a": (3, 4), "b": (3, 4), "c": (4, 4)}, {}) == {"a", "b"}
+    assert measured_by_outputs({}, {"a": "a"}) == set()
 
 
 # Padding
@@ -216,14 +434,37 @@ LEFT = ("llama", "opt", "gemma3", "bloom")
 SIDES = {f"{name}-right": (name, False) for name in RIGHT} | {f"{name}-left": (name, True) for name in LEFT}
 
 
+@each_solver
 @pytest.mark.parametrize(("name", "left"), SIDES.values(), ids=SIDES)
-def test_padding_contributes_nothing(name: str, left: bool) -> None:
+def test_padding_contributes_nothing(name: str, left: bool, config: PGSVDConfig) -> None:
     model, rows = (FAMILIES | ODD)[name].build(), sequences(LENGTHS)
     ids, mask = garbage(rows, left)
-    found = grams_of(model, [{"input_ids": ids, "attention_mask": mask}])
-    expected = grams_of(model, [{"input_ids": row[None]} for row in rows])
+    found = grams_of(model, [{"input_ids": ids, "attention_mask": mask}], config)
+    expected = grams_of(model, [{"input_ids": row[None]} for row in rows], config)
     assert_same_grams(found, expected)
-    assert all_differ(grams_of(model, [{"input_ids": ids}]), expected)
+    assert all_differ(grams_of(model, [{"input_ids": ids}], config), expected)
+
+
+def test_padding_does_not_pass_from_one_batch_to_another() -> None:
+    """All batches are under way at a time, each with a mask of its own or with none."""
+    model, rows = FAMILIES["bert"].build(), sequences((*LENGTHS, 9, 7))
+    batches = [{"input_ids": rows[3][None]}]
+    for part in (rows[:3], [rows[4], rows[0]]):
+        batches.append(dict(zip(("input_ids", "attention_mask"), garbage(part), strict=True)))
+    batches.append({"input_ids": rows[1][None]})
+    single = [{"input_ids": row[None]} for row in (rows[3], *rows[:3], rows[4], rows[0], rows[1])]
+    for config in (GRAMS, SMALLEST):
+        assert_same_grams(grams_of(model, batches, config), grams_of(model, single, config))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_padding_of_sources_and_targets_in_anchored_calibration(name: str) -> None:
+    """Where blocks run on copies of their arguments; with nothing replaced, the two passes are one."""
+    model, sources, answers = FAMILIES[name].build(), sequences(LENGTHS), sequences((6, 4, 9), seed=1)
+    batch = dict(zip(("input_ids", "attention_mask"), garbage(sources), strict=True))
+    batch |= dict(zip(("decoder_input_ids", "decoder_attention_mask"), garbage(answers), strict=True))
+    anchored = PGSVDConfig(tolerance=0.5, groups=GRAMS.groups, solver="als", calibration="anchored")
+    assert_same_grams(grams_of(model, [batch] * 2, anchored), grams_of(model, [batch] * 2))
 
 
 def test_padding_beside_position_embeddings() -> None:
@@ -285,15 +526,17 @@ def test_rows_of_every_shape(shape: tuple[int, ...]) -> None:
     padding = PaddingMask()
     padding.start_batch({"attention_mask": MASK})
     x = torch.arange(torch.Size(shape).numel()).reshape(*shape, 1)
-    assert padding.rows(x).flatten().tolist() == SHAPES[shape]
+    assert padding.rows(x, x).flatten().tolist() == SHAPES[shape]
+    values = torch.stack([x[..., 0], -x[..., 0]], -1)
+    assert padding.rows(x, values).tolist() == [[row, -row] for row in SHAPES[shape]]
 
 
 def test_masks_of_one_batch_are_not_kept_for_the_next() -> None:
     padding, x = PaddingMask(), torch.zeros(2, 3, 1)
     padding.start_batch({"attention_mask": MASK})
-    assert padding.rows(x).shape == (4, 1)
+    assert padding.rows(x, x).shape == (4, 1)
     padding.start_batch({})
-    assert padding.rows(x).shape == (6, 1)
+    assert padding.rows(x, x).shape == (6, 1)
 
 
 # NaN and infinity
@@ -345,7 +588,54 @@ def test_a_token_that_is_not_used_may_be_damaged() -> None:
     assert any(isinstance(module, LowRankLinear) for module in model.modules())
 
 
-def survey(x: Tensor, rows: Callable[[Tensor], Tensor] = all_rows) -> InputSurvey:
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("calibration", ["parallel", "anchored"])
+def test_a_later_batch_that_is_not_finite(name: str, calibration: str) -> None:
+    """The survey has not seen it: the error names the first layer that is not to be factored, in the last block."""
+    model, batches = FAMILIES[name].build(), FAMILIES[name].batches(3)
+    block = model.get_submodule(find_targets(model, PGSVDConfig(tolerance=0.5)).blocks[-1])
+    calls = []
+
+    def damage(module: nn.Module, args: tuple) -> tuple:
+        calls.append(1)
+        x = args[0].clone()
+        x[0, 1, 3] = float("nan") if len(calls) == 3 else x[0, 1, 3]  # one call in the survey, then the second batch
+        return (x, *args[1:])
+
+    block.register_forward_pre_hook(damage)
+    config = PGSVDConfig(tolerance=0.5, dataset=batches, calibration=calibration)
+    name = next(t.name for t in find_targets(model, config).found if t.block and model.get_submodule(t.block) is block)
+    assert_compress_changes_nothing(model, config, NonFiniteError, f"the inputs of {name} hold NaN or infinity")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_outputs", [True, False])
+@torch.no_grad()
+def test_moments_that_are_not_finite(by_outputs: bool, dtype: torch.dtype, value: float) -> None:
+    layers = {"fine": nn.Linear(4, 2, dtype=dtype), "damaged": nn.Linear(4, 2, dtype=dtype)}
+    x = torch.ones(3, 4, dtype=dtype)
+    with GramRecorder(layers, all_rows, None, layers if by_outputs else ()) as recorder:
+        [layer(x) for layer in layers.values()]
+        layers["damaged"](x.index_fill(1, torch.tensor([2]), value))
+        layers["damaged"](x)
+    recorder.moments("fine")
+    with pytest.raises(NonFiniteError, match="^the inputs of damaged hold NaN or infinity on the calibration set, or"):
+        recorder.moments("damaged")
+
+
+@torch.no_grad()
+def test_outputs_that_do_not_depend_on_what_is_not_finite() -> None:
+    """The layer reads nothing of the damaged feature: its outputs are fine, but not what is said of its inputs."""
+    layer = nn.Linear(4, 2)
+    layer.weight[:, 2] = 0
+    with GramRecorder({"layer": layer}, all_rows, None, ["layer"]) as recorder:
+        layer(torch.tensor([[1.0, 1.0, 1e20, 1.0]]))
+    with pytest.raises(NonFiniteError, match="^the inputs of layer hold"):
+        recorder.moments("layer")
+
+
+def survey(x: Tensor, rows: Callable[[Tensor, Tensor], Tensor] = all_rows) -> InputSurvey:
     layer = nn.Linear(x.shape[-1], 2, dtype=x.dtype)
     with InputSurvey({"layer": layer}, rows) as result:
         layer(x)
@@ -379,6 +669,29 @@ def test_layers_that_no_input_reaches(name: str) -> None:
         "clip": r"CLIPModel does not accept calibration batch 0 with the inputs input_ids \(4, 20\)",
     }[name]
     assert_compress_changes_nothing(model, PGSVDConfig(tolerance=0.5, dataset=batches), CalibrationError, message)
+
+
+def test_a_survey_holds_no_activation() -> None:
+    layer, x = nn.Linear(3, 3), torch.ones(2, 3)
+    with InputSurvey({"layer": layer}, all_rows) as survey:
+        layer(x)
+    reference = weakref.ref(x)
+    del x
+    assert reference() is None
+    assert survey.tokens == {"layer": 2}
+
+
+def test_what_was_not_reached() -> None:
+    layers = {name: nn.Linear(3, 3) for name in ("reached", "not reached", "reached by no row")}
+    with InputSurvey(layers, all_rows) as survey:
+        layers["reached by no row"](torch.ones(0, 3))
+        layers["reached"](torch.ones(2, 3))
+    assert survey.unseen == ["not reached", "reached by no row"]
+    assert survey.leaders == {"reached by no row": "reached by no row", "reached": "reached"}
+    with survey:
+        layers["not reached"](torch.ones(1, 3))
+    assert survey.unseen == ["reached by no row"]
+    assert survey.tokens == {"reached": 2, "not reached": 1, "reached by no row": 0}
 
 
 def test_unreached_layers_may_be_excluded() -> None:

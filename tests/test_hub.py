@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_pgsvd import PGSVDCompressor, PGSVDConfig
 from optimum_pgsvd.card import MARKER
+from optimum_pgsvd.checkpoint import ELASTIC_NAME
 
 
 USERS = {"hf_alice": "alice", "hf_bob": "bob"}
@@ -428,3 +429,20 @@ def test_adapter_is_pushed_alone(hub, model, tmp_path):
         assert {"adapter_config.json", "adapter_model.safetensors"} <= hub.files(name).keys()
         assert not {"config.json", "pgsvd_report.json", "model.safetensors"} & hub.files(name).keys()
         assert torch.equal(logits_from(name), logits_of(adapted))
+
+
+def test_elastic_model_is_pushed_with_its_side_file_and_cut_from_the_hub(hub, tokenizer):
+    model = FAMILIES["llama"].build()
+    PGSVDCompressor(PGSVDConfig(parameter_reduction=0.05, solver="svd", elastic=True)).compress(model, tokenizer)
+    model.push_to_hub("alice/elastic", private=True)
+    assert hub.files("alice/elastic").keys() == {*BESIDE_WEIGHTS, "model.safetensors", ELASTIC_NAME}
+    hub.requests.clear()
+    AutoModelForCausalLM.from_pretrained("alice/elastic")
+    assert not any(ELASTIC_NAME in path for _, path in hub.requests)
+    request, direct = PGSVDConfig(parameter_reduction=0.4), FAMILIES["llama"].build()
+    PGSVDCompressor(PGSVDConfig(parameter_reduction=0.4, solver="svd")).compress(direct)
+    smaller = AutoModelForCausalLM.from_pretrained("alice/elastic", quantization_config=request)
+    torch.testing.assert_close(logits_of(smaller), logits_of(direct))
+    smaller.push_to_hub("alice/elastic")
+    assert hub.files("alice/elastic").keys() == {*BESIDE_WEIGHTS, "model.safetensors"}
+    assert torch.equal(logits_from("alice/elastic"), logits_of(smaller))

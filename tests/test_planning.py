@@ -266,13 +266,13 @@ def test_the_plan_does_not_depend_on_the_scale_of_a_layer() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_planning_in_half_precision(dtype: torch.dtype) -> None:
-    """Spectra are those of the weights as they are, computed in float64."""
+    """Spectra are those of the weights as they are, computed in float32."""
     model = FAMILIES["llama"].build().to(dtype)
     planned = plan(model, tolerance=0.4)
     expected = reference.at_tolerance(options(model, planned.layers), 0.4)
     assert ranks(planned) == ranks_of(expected)
     for layer, option in expected.items():
-        assert planned.layers[layer].relative_error == pytest.approx(option.error, abs=1e-12)
+        assert planned.layers[layer].relative_error == pytest.approx(option.error, abs=1e-6)
 
 
 # Refused before anything is touched

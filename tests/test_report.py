@@ -157,7 +157,8 @@ def test_errors_in_half_precision_are_those_of_the_rounded_factors(dtype: torch.
     assert len(layers) > 5
     for layer in layers:
         weight, approximation = matrix(dense.get_submodule(layer.name)), product(model.get_submodule(layer.name))
-        assert layer.weight_error == pytest.approx(reference.relative_weight_error(weight, approximation), rel=1e-9)
+        # Summed in float32.
+        assert layer.weight_error == pytest.approx(reference.relative_weight_error(weight, approximation), rel=1e-6)
 
 
 def test_dense_layers_have_no_error() -> None:
@@ -246,7 +247,7 @@ def test_provenance() -> None:
     assert report.config["parameter_reduction"] == 0.3
     assert report.config["dataset"] == "list of 3 dict"
     assert report.calibration == {"batches": 2, "tokens": 160}
-    assert set(report.seconds) >= {"data", "plan", "capture", "grams", "factors"}
+    assert set(report.seconds) >= {"data", "plan", "survey", "grams", "factors"}
     assert report.environment["torch"] == torch.__version__
     assert model.config.quantization_config.ranks == {
         layer.name: layer.rank for layer in report.layers if layer.rank is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,14 +34,16 @@ class Call:
     inputs: list[Tensor]
     outputs: list[Tensor] = field(default_factory=list)
     copies: list[Tensor] = field(default_factory=list)
+    batch: int = 0
 
 
 class Watch(ExitStack):
-    """Records every call of some blocks."""
+    """Records every call of some blocks; `batch` says in which batch, where several are under way."""
 
-    def __init__(self, model: nn.Module, blocks: Iterable[str]):
+    def __init__(self, model: nn.Module, blocks: Iterable[str], batch: Callable[[], int] = lambda: 0):
         super().__init__()
         self.calls: list[Call] = []
+        self.batch = batch
         for name in blocks:
             module = model.get_submodule(name)
             self.callback(module.register_forward_pre_hook(self.before(name), with_kwargs=True).remove)
@@ -50,7 +52,8 @@ class Watch(ExitStack):
     def before(self, name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             inputs = tensors_in((args, kwargs))
-            self.calls.append(Call(name, inputs, copies=[tensor.clone() for tensor in inputs]))
+            copies = [tensor.clone() for tensor in inputs]
+            self.calls.append(Call(name, inputs, copies=copies, batch=self.batch()))
 
         return hook
 
@@ -59,8 +62,9 @@ class Watch(ExitStack):
         call.outputs = tensors_in(result)
         call.copies += [tensor.clone() for tensor in call.outputs]
 
-    def of(self, block: str) -> list[Call]:
-        return [call for call in self.calls if call.block == block]
+    def by_batch(self, count: int) -> list[list[Call]]:
+        """The calls of each batch, in their order."""
+        return [[call for call in self.calls if call.batch == number] for number in range(count)]
 
 
 @torch.no_grad()
@@ -90,4 +94,8 @@ class Inputs(ExitStack):
             self.callback(model.get_submodule(name).register_forward_pre_hook(self.before(name)).remove)
 
     def before(self, name: str):
-        return lambda module, args: self.rows[name].append(args[0].reshape(-1, args[0].shape[-1]).double())
+        def hook(module: nn.Module, args: tuple) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            self.rows[name].append(rows.to(torch.float64, copy=True))
+
+        return hook

@@ -1,62 +1,69 @@
-"""Gram matrices for layers whose inputs come from blocks that were compressed before them."""
+"""Second moments for layers whose inputs come from blocks that were compressed before them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ..distributed import Peers
 from ..errors import CalibrationError
 from ..linalg import anchored_weight
-from .gram import GramRecorder, precise
+from ..targets import weight_shape
+from .gram import GramRecorder, Rows
+from .moments import SecondMoment, precise
 
 
 class AnchoredRecorder(GramRecorder):
     """Accumulates, over paired runs of a block, what anchored calibration needs of each layer's inputs.
 
     The block runs on the dense model's inputs (`pairing = "dense"`), then on those that the compressed blocks before
-    it produce (`pairing = "compressed"`). Of the latter the Gram matrix `C_cc` is summed, and `C_βc = X_βᵀ X_c` with
-    `X_β = (1 − β) X_c + β X_f`.
+    it produce (`pairing = "compressed"`). Of the latter the Gram matrix `C_cc` is summed, and `D = (X_f − X_c)ᵀ X_c`,
+    so that `C_βc = X_βᵀ X_c = C_cc + β D` with `X_β = (1 − β) X_c + β X_f` equals `C_cc` to the last bit where the two
+    inputs are one: their difference is divided by a small number.
 
     Args:
         layers: linear layers by name.
-        rows: as for `InputObserver`.
+        rows: leaves padding out.
         leaders: as for `GramRecorder`.
         blend: β in [0, 1].
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, nn.Module],
-        rows: Callable[[Tensor], Tensor],
-        leaders: Mapping[str, str] | None,
-        blend: float,
-    ):
+    def __init__(self, layers: Mapping[str, nn.Module], rows: Rows, leaders: Mapping[str, str] | None, blend: float):
         super().__init__(layers, rows, leaders)
         self.blend, self.pairing = blend, "dense"
         self._dense: dict[str, list[Tensor]] = {name: [] for name in layers}
-        self._crosses: dict[str, Tensor] = {}
+        self._differences = {name: SecondMoment() for name in layers}
 
     def see(self, name: str, x: Tensor) -> None:
         """Keep a dense input; add a compressed one with the dense one that it pairs with."""
-        if self.leaders[name] != name:
-            return
-        rows = precise(self.rows(x))
         if self.pairing == "dense":
-            self._dense[name].append(rows)
+            if self.leads(name, x):
+                # a copy: the block may change its input in place
+                self._dense[name].append(self.rows(x, x).clone())
             return
         super().see(name, x)
+        if self.leaders[name] != name:
+            return
+        rows = precise(self.rows(x, x))
         dense = self._dense[name].pop(0) if self._dense[name] else rows[:0]
         if dense.shape != rows.shape:
             raise CalibrationError(
                 f"{name} sees {len(dense)} rows in the dense model and {len(rows)} after compression, so they cannot "
                 "be paired; use calibration='parallel', or list it in modules_to_not_convert"
             )
-        if name not in self._crosses:
-            self._crosses[name] = torch.zeros_like(self._grams[name])
-        self._crosses[name] += (self.blend * dense + (1 - self.blend) * rows).T @ rows
+        self._differences[name].add_pairs(precise(dense) - rows, rows)
+
+    def sum_layer(self, name: str, layer: Any, peers: Peers) -> None:
+        """Add up what was recorded of a leading layer."""
+        super().sum_layer(name, layer, peers)
+        nothing = precise(layer.weight.new_empty(0, weight_shape(layer).in_features))
+        self._differences[name].add_pairs(nothing, nothing)
+        self._differences[name].sum_over(peers, nothing)
 
     def goal(self, name: str, weight: Tensor) -> Tensor:
         """The weight that maps the compressed inputs to the outputs aimed at."""
-        return anchored_weight(weight, self.gram(name), self._crosses[self.leaders[name]])
+        gram = self.moments(name).gram
+        assert gram is not None
+        return anchored_weight(weight, gram, gram + self.blend * self._differences[self.leaders[name]].value())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -156,3 +157,17 @@ def complete(model: Any, batch: Batch) -> Batch:
     if "labels" in batch and "decoder_attention_mask" not in batch and (batch["labels"] == -100).any():
         batch["decoder_attention_mask"] = (batch["labels"] != -100).long()
     return batch
+
+
+def calibration_fingerprint(batches: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 of what a calibration set holds."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for key, value in batch.items():
+            digest.update(f"{key} {getattr(value, 'dtype', type(value).__name__)} ".encode())
+            if isinstance(value, Tensor):
+                digest.update(f"{tuple(value.shape)} ".encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                digest.update(repr(value).encode())
+    return digest.hexdigest()

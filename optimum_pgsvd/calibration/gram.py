@@ -1,16 +1,27 @@
-"""Gram matrices of layer inputs, accumulated while the model runs."""
+"""What the calibration set says of each layer, accumulated while the model runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import NonFiniteError
+from ..distributed import Peers
+from ..errors import CalibrationError, NonFiniteError
+from ..linalg import working_dtype
+from ..structures import Moments
+from ..targets import weight_shape
+from .moments import SecondMoment, precise
 from .version import version
+
+
+# Takes a layer's input `(..., n)` and one of its values `(..., k)`, and gives the rows `(T, k)` of the values that
+# count, padding left out.
+Rows = Callable[[Tensor, Tensor], Tensor]
 
 
 class InputObserver:
@@ -18,10 +29,10 @@ class InputObserver:
 
     Args:
         layers: linear layers by name.
-        rows: takes a layer's input `(..., n)` and gives the rows `(T, n)` that count, padding left out.
+        rows: leaves padding out.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], rows: Callable[[Tensor], Tensor]):
+    def __init__(self, layers: Mapping[str, nn.Module], rows: Rows):
         self.layers, self.rows = layers, rows
         self._hooks = ExitStack()
 
@@ -29,7 +40,7 @@ class InputObserver:
         for name, layer in self.layers.items():
 
             def hook(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
-                self.see(name, args[0] if args else next(iter(kwargs.values())))
+                self.see(name, given(args, kwargs))
 
             self._hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         return self
@@ -44,43 +55,46 @@ class InputObserver:
         raise NotImplementedError
 
 
+def given(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """The input among a linear's arguments."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 class InputSurvey(InputObserver):
     """Counts the rows that each layer sees, finds the layers fed one and the same tensor, refuses NaN and infinity.
 
     Args:
         layers: linear layers by name.
-        rows: as for `InputObserver`.
+        rows: leaves padding out.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], rows: Callable[[Tensor], Tensor]):
+    def __init__(self, layers: Mapping[str, nn.Module], rows: Rows):
         super().__init__(layers, rows)
         self.tokens = dict.fromkeys(layers, 0)
-        self._inputs: dict[str, list[int]] = {name: [] for name in layers}
+        self._inputs: dict[str, list[int]] = {}
         self._last: tuple[Tensor | None, int] = (None, 0)
         self._number = 0
 
     @property
+    def unseen(self) -> list[str]:
+        """Layers that no row has reached."""
+        return [name for name, tokens in self.tokens.items() if tokens == 0]
+
+    @property
     def leaders(self) -> dict[str, str]:
-        """For each layer the first that was fed the very same tensors."""
+        """For each layer that was reached, in the order of the calls, the first that was fed the very same tensors."""
         first: dict[tuple[int, ...], str] = {}
         return {name: first.setdefault(tuple(inputs), name) for name, inputs in self._inputs.items()}
 
     def see(self, name: str, x: Tensor) -> None:
         """Count, compare with the tensor seen last, and check."""
-        rows = self.rows(x)
+        rows = self.rows(x, x)
         if self._last[0] is not x or self._last[1] != version(x):
             self._last = (x, version(x))
             self._number += 1
-            self._check(name, rows)
-        self._inputs[name].append(self._number)
+            check_finite(name, precise(rows).square().sum())
+        self._inputs.setdefault(name, []).append(self._number)
         self.tokens[name] += rows.shape[0]
-
-    def _check(self, name: str, rows: Tensor) -> None:
-        if not precise(rows).square().sum().isfinite():
-            raise NonFiniteError(
-                f"the inputs of {name} hold NaN or infinity on the calibration set, or numbers too large to square; "
-                "run the model in float32 or bfloat16, or check the checkpoint and the calibration data"
-            )
 
     def __exit__(self, *exception) -> None:
         super().__exit__(*exception)
@@ -88,43 +102,151 @@ class InputSurvey(InputObserver):
 
 
 class GramRecorder(InputObserver):
-    """Accumulates `G = Σ xᵀ x` of each layer's inputs: products in float32 or better, the sum in float64.
+    """Accumulates the second moments of each layer's inputs, or of its outputs where these are smaller.
 
     Args:
         layers: linear layers by name.
-        rows: as for `InputObserver`.
-        leaders: layers of one leader share their input, and the first of them keeps the matrix for all.
+        rows: leaves padding out.
+        leaders: in the order of the calls; layers of one leader share their input, and the first of them that is among
+            the layers keeps the matrix for all.
+        by_outputs: layers whose outputs are measured instead of their inputs, see `measured_by_outputs`.
     """
 
     def __init__(
         self,
         layers: Mapping[str, nn.Module],
-        rows: Callable[[Tensor], Tensor],
+        rows: Rows,
         leaders: Mapping[str, str] | None = None,
+        by_outputs: Collection[str] = (),
     ):
         super().__init__(layers, rows)
-        first: dict[str, str] = {}
-        self.leaders = {name: first.setdefault((leaders or {}).get(name, name), name) for name in layers}
-        self._grams: dict[str, Tensor] = {}
+        self.by_outputs = frozenset(by_outputs)
+        by_inputs = [name for name in layers if name not in self.by_outputs]
+        self.leaders = {name: name for name in layers} | local_leaders(by_inputs, leaders or {})
+        self.tokens = dict.fromkeys(layers, 0)
+        self._moments = {name: SecondMoment() for name in layers}
+        self._energies: dict[str, Tensor] = {}
+        self._fed: dict[str, tuple[Tensor, int]] = {}
+
+    def __enter__(self):
+        for name in self.by_outputs:
+
+            def hook(module: nn.Module, args: tuple, kwargs: dict, outputs: Tensor, name: str = name) -> None:
+                self.see_outputs(name, given(args, kwargs), outputs)
+
+            self._hooks.callback(self.layers[name].register_forward_hook(hook, with_kwargs=True).remove)
+        return super().__enter__()
+
+    def __exit__(self, *exception) -> None:
+        super().__exit__(*exception)
+        self._fed.clear()
 
     def see(self, name: str, x: Tensor) -> None:
-        """Add the input of a leading layer to its matrix."""
-        if self.leaders[name] != name:
-            return
-        if name not in self._grams:
-            self._grams[name] = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
-        rows = precise(self.rows(x))
-        self._grams[name] += rows.T @ rows
+        """Count the rows, and add the input of a leading layer to its matrix."""
+        rows = self.rows(x, x)
+        self.tokens[name] += rows.shape[0]
+        if name in self.by_outputs:
+            energies = precise(rows).square().sum(0, dtype=working_dtype(rows.dtype))
+            self._energies[name] = self._energies[name] + energies if name in self._energies else energies
+        elif self.leads(name, x):
+            self._moments[name].add(rows)
 
-    def gram(self, name: str) -> Tensor:
-        """`G (n, n)` float64 of a layer's inputs."""
-        return self._grams[self.leaders[name]]
+    def leads(self, name: str, x: Tensor) -> bool:
+        """Whether a layer's input is to be added; a layer that follows another must be fed the very same tensor.
+
+        Raises:
+            CalibrationError: it is fed another.
+        """
+        leader = self.leaders[name]
+        if leader == name:
+            self._fed[name] = (x, version(x))
+        elif self._fed.get(leader, (None, 0))[0] is not x or self._fed[leader][1] != version(x):
+            raise parted(name, leader)
+        return leader == name
+
+    def see_outputs(self, name: str, x: Tensor, y: Tensor) -> None:
+        """Add the outputs of a layer, less its bias, to its matrix."""
+        bias: Any = self.layers[name].bias
+        rows = self.rows(x, y)
+        self._moments[name].add(rows if bias is None else precise(rows) - bias)
+
+    def sum_over(self, peers: Peers) -> None:
+        """Add up what all processes have recorded, each on batches of its own."""
+        counts = torch.tensor([self.tokens[name] for name in self.layers])
+        self.tokens = dict(zip(self.layers, peers.sum(counts).tolist(), strict=True))
+        for name, layer in self.layers.items():
+            if self.leaders[name] == name:
+                self.sum_layer(name, layer, peers)
+
+    def sum_layer(self, name: str, layer: Any, peers: Peers) -> None:
+        """Add up what was recorded of a leading layer."""
+        shape, weight = weight_shape(layer), layer.weight
+        measured = shape.out_features if name in self.by_outputs else shape.in_features
+        self._moments[name].sum_over(peers, weight.new_empty(0, measured))
+        if name in self.by_outputs:
+            nothing = torch.zeros(shape.in_features, dtype=working_dtype(weight.dtype), device=weight.device)
+            peers.sum(self._energies.setdefault(name, nothing))
+
+    def moments(self, name: str) -> Moments:
+        """What was measured of a layer.
+
+        Raises:
+            CalibrationError: the layer did not see all that the one did whose input it shared at first.
+            NonFiniteError: an activation was NaN or infinite, or too large to square.
+        """
+        leader = self.leaders[name]
+        if self.tokens[name] != self.tokens[leader]:
+            raise parted(name, leader)
+        value = self._moments[leader].value()
+        check_finite(name, value.diagonal().sum())
+        if name in self.by_outputs:
+            check_finite(name, self._energies[name].sum())
+            return Moments(None, value, self._energies[name])
+        return Moments(value, None, value.diagonal())
 
     def goal(self, name: str, weight: Tensor) -> Tensor:
         """The weight to approximate: the layer's own."""
         return weight
 
 
-def precise(rows: Tensor) -> Tensor:
-    """In float32 or better, as products are summed within a batch."""
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+def parted(name: str, leader: str) -> CalibrationError:
+    """The error for layers that shared their input in the survey, and do not always."""
+    return CalibrationError(
+        f"{name} and {leader} were fed the same tensor at first, and different ones later in the calibration set; "
+        "compress them apart: list one of them in modules_to_not_convert"
+    )
+
+
+def local_leaders(layers: Collection[str], leaders: Mapping[str, str]) -> dict[str, str]:
+    """Leaders among some layers only, for every one of them."""
+    first: dict[str, str] = {}
+    found = {name: first.setdefault(leader, name) for name, leader in leaders.items() if name in layers}
+    return {name: found.get(name, name) for name in layers}
+
+
+def measured_by_outputs(shapes: Mapping[str, tuple[int, int]], leaders: Mapping[str, str]) -> set[str]:
+    """The layers of which the moments of the outputs are fewer numbers than that of the input they share.
+
+    Args:
+        shapes: `(m, n)` of each layer's weight.
+        leaders: for each layer the first that is fed the same tensor.
+    """
+    followers: dict[str, list[str]] = {}
+    for name, leader in local_leaders(shapes, leaders).items():
+        followers.setdefault(leader, []).append(name)
+    return {
+        name
+        for group in followers.values()
+        if all(shapes[name][0] < shapes[name][1] for name in group)
+        and sum(shapes[name][0] ** 2 for name in group) < shapes[group[0]][1] ** 2
+        for name in group
+    }
+
+
+def check_finite(name: str, energy: Tensor) -> None:
+    """Raise `NonFiniteError` where the energy of a layer's activations is NaN or infinite."""
+    if not torch.isfinite(energy):
+        raise NonFiniteError(
+            f"the inputs of {name} hold NaN or infinity on the calibration set, or numbers too large to square; "
+            "run the model in float32 or bfloat16, or check the checkpoint and the calibration data"
+        )

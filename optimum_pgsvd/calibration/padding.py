@@ -42,12 +42,12 @@ class PaddingMask:
         """Back outside the blocks."""
         self._main, self._encoder_states = self._encoder, None
 
-    def rows(self, x: Tensor) -> Tensor:
-        """The rows `(T, n)` of an input `(..., n)` that are not padding."""
+    def rows(self, x: Tensor, values: Tensor) -> Tensor:
+        """The rows `(T, k)` that are not padding, of an input `(..., n)` or of what a layer makes of it `(..., k)`."""
         states = self._encoder_states
         of_encoder = states is not None and x.data_ptr() == states.data_ptr() and x.shape == states.shape
         mask = self._encoder if of_encoder else self._main
-        rows = x.reshape(-1, x.shape[-1])
+        rows = values.reshape(-1, values.shape[-1])
         fitted = None if mask is None else _fitted(mask, x.shape[:-1])
         return rows if fitted is None else rows[fitted.to(rows.device).reshape(-1)]
 

@@ -1,224 +1,384 @@
-"""The walk over a model's blocks: every block is run once more on the very arguments the dense model gave it."""
+"""The walk over a model's blocks: one forward pass a batch, all of them kept in step, block by block."""
 
 from __future__ import annotations
 
+import contextvars
 import inspect
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache
-from transformers.utils import logging
 
 from ..errors import CalibrationError, PGSVDError
 from .anchored import AnchoredRecorder
-from .gram import InputObserver
+from .gram import GramRecorder, InputObserver, InputSurvey
 from .padding import PaddingMask, reads_tokens
-from .version import version
 
 
-@dataclass(frozen=True)
-class _Output:
-    """An argument that is an output of an earlier call: leaf `leaf` of call `call`."""
+class Weights(Protocol):
+    """Where the weights of a model come from while it is walked over."""
 
-    call: int
-    leaf: int
+    def load(self, name: str) -> None:
+        """Make the weights of a block resident."""
+        ...
 
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of a block: its arguments flattened, with links in the place of what earlier blocks put out."""
-
-    block: str
-    leaves: tuple[Any, ...]
-    spec: pytree.TreeSpec
+    def release(self, name: str) -> None:
+        """Let go of them."""
+        ...
 
 
-class BlockWalk:
-    """Runs a model block by block on a calibration set.
+class InMemory:
+    """All weights are in memory, and stay."""
 
-    `capture` runs the dense model once and keeps, for each block, the arguments it was called with: a link where one
-    is the output of an earlier block, else a copy, as the model may change it in place. `run` then runs one block on
-    all batches, in the order of `blocks`, and hands its outputs on. Between two calls of `run` only the activations
-    that later blocks need are held: one hidden state a batch, and what the model computes once and shares among its
-    blocks, such as masks. For anchored calibration, `run_anchored` and `advance` keep a second stream beside it: what
-    the compressed blocks put out.
+    def load(self, name: str) -> None:
+        """Nothing to do."""
+
+    def release(self, name: str) -> None:
+        """Nothing to do."""
+
+
+class Pass(greenlet):
+    """One forward pass over one batch, which stops before every call of a block until it is sent on.
 
     Args:
-        model: in evaluation mode; not changed.
-        blocks: names of its repeated blocks.
-        batches: model inputs, keyword arguments of `forward`.
+        walk: that it belongs to.
+        number: of the batch.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Mapping[str, Any]]):
-        self.model, self.batches = model, batches
-        self.modules = {name: model.get_submodule(name) for name in blocks}
-        self._of_tokens = {name: reads_tokens(model, name) for name in blocks}
-        self.blocks: list[str] = []
+    def __init__(self, walk: BlockWalk, number: int):
+        super().__init__(self._forward)
+        self.walk, self.number = walk, number
         self.padding = PaddingMask()
-        self._calls: list[list[_Call]] = []
-        self._outputs: list[dict[_Output, Tensor]] = []
-        self._compressed: list[dict[_Output, Tensor]] = []
+        self.at: str | None = None
+        self.arguments: tuple[tuple, dict[str, Any]] = ((), {})
+        self.calls: list[str] = []
+        # Context variables that a model sets in one pass are not seen in another.
+        self.gr_context = contextvars.copy_context()
 
-    def capture(self, observers: Sequence[InputObserver]) -> None:
-        """Run the dense model over the calibration set, under the observers.
+    def _forward(self) -> None:
+        batch = self.walk.batches[self.number]
+        self.padding.start_batch(batch)
+        _forward(self.walk.model, batch, self.number, self.walk.whole)
+        self.at = None
 
-        Where all they look at lies in the blocks, a language model need not compute the logits of every token.
+    def proceed(self) -> None:
+        """Run on, through the block it stands before, to the next call of a block or to its end."""
+        before, self.walk.running = self.walk.running, self
+        self.parent = getcurrent()
+        try:
+            self.switch()
+        finally:
+            self.walk.running = before
 
-        Raises:
-            CalibrationError: the model does not accept a batch.
-        """
-        inside = tuple(f"{name}." for name in self.modules)
-        whole = any(not layer.startswith(inside) for observer in observers for layer in observer.layers)
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(self.model))
-            for observer in observers:
-                stack.enter_context(observer)
-            for number, batch in enumerate(logging.tqdm(self.batches, desc="Calibrating", unit="batch", disable=None)):
-                with _Capture(self) as capture:
-                    self.padding.start_batch(batch)
-                    _forward(self.model, batch, number, whole)
-                self._calls.append(capture.calls)
-        self._outputs = [{} for _ in self.batches]
-        self._compressed = [{} for _ in self.batches]
-
-    def run(self, block: str) -> None:
-        """Run a block on every batch and keep what later blocks need of its outputs."""
-        with evaluating(self.model):
-            for number in range(len(self.batches)):
-                self._run_batch(block, number, self._outputs[number])
-                self._forget(block, number)
-
-    def run_anchored(self, block: str, recorder: AnchoredRecorder) -> None:
-        """Run a block on every batch twice: on the dense model's inputs, and on those of the compressed blocks.
-
-        `advance` must follow once the block's layers are replaced.
-        """
-        with evaluating(self.model):
-            for number in range(len(self.batches)):
-                recorder.pairing = "dense"
-                self._run_batch(block, number, self._outputs[number], again=True)
-                recorder.pairing = "compressed"
-                self._run_batch(block, number, dict(self._compressed[number]), again=True)
-
-    def advance(self, block: str) -> None:
-        """Run a block whose layers were replaced on the compressed inputs, for the blocks that come after it."""
-        with evaluating(self.model):
-            for number in range(len(self.batches)):
-                self._run_batch(block, number, self._compressed[number])
-                self._forget(block, number)
-
-    def _run_batch(self, block: str, number: int, outputs: dict[_Output, Tensor], again: bool = False) -> None:
-        """Run a block on one batch with these outputs of the blocks before it, and add its own.
-
-        A block that will run on the same arguments again is given copies, as it may change them in place.
-        """
-        module, calls = self.modules[block], self._calls[number]
-        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-        self.padding.start_batch(self.batches[number])
-        needed = {leaf for call in calls for leaf in call.leaves if isinstance(leaf, _Output)}
-        for index, call in enumerate(calls):
-            if call.block == block:
-                args, kwargs = _arguments(call, outputs, device, again)
-                self.enter(block, args, kwargs)
-                for leaf, value in enumerate(pytree.tree_leaves(module(*args, **kwargs))):
-                    if _Output(index, leaf) in needed:
-                        outputs[_Output(index, leaf)] = value
-
-    def enter(self, block: str, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Tell the padding mask which block comes next."""
-        self.padding.enter_block(self.modules[block], args, kwargs, self._of_tokens[block])
-
-    def _forget(self, block: str, number: int) -> None:
-        """Drop, of one batch, the arguments of the block just run and the outputs that no later block takes."""
-        calls, done = self._calls[number], set(self.blocks[: self.blocks.index(block) + 1])
-        for index, call in enumerate(calls):
-            if call.block in done:
-                calls[index] = _Call(call.block, (), call.spec)
-        needed = {leaf for call in calls for leaf in call.leaves if isinstance(leaf, _Output)}
-        for outputs in (self._outputs[number], self._compressed[number]):
-            for output in set(outputs) - needed:
-                del outputs[output]
+    def stop_before(self, block: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Called by a block's hook: wait until the pass is sent on."""
+        leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda value: isinstance(value, Cache))
+        if any(isinstance(leaf, Cache) for leaf in leaves):
+            raise CalibrationError(f"{block} was called with a key-value cache; switch use_cache off in the batches")
+        self.at, self.arguments = block, (args, kwargs)
+        self.calls.append(block)
+        self.parent.switch()
+        self.walk.enter(self, args, kwargs)
+        self.arguments = ((), {})
 
 
-class _Capture(AbstractContextManager):
-    """Records the calls of every block in one forward pass."""
+class BlockWalk(AbstractContextManager):
+    """Runs a model on a calibration set in such a way that every batch passes a block before any passes the next.
 
-    def __init__(self, walk: BlockWalk):
-        self.walk = walk
-        self.calls: list[_Call] = []
-        # By tensor, for as long as the model holds it: its version, and where it came from or what was copied of it.
-        self._producers: MutableMapping[Tensor, tuple[int, _Output]] = WeakTensorKeyDictionary()
-        self._copies: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()
-        self._hooks = ExitStack()
+    Each batch has a forward pass of its own, suspended before every block. So a block is run on exactly what the model
+    gives it, whatever the model computes between its blocks, and each weight is needed for a while only. Between two
+    blocks, a pass holds what the model's own `forward` holds: a hidden state, what is computed once for all blocks,
+    and the embeddings. For anchored calibration a second pass a batch runs through the compressed blocks.
 
-    def __enter__(self) -> _Capture:
-        for name, module in self.walk.modules.items():
+    Args:
+        model: run in evaluation mode while the walk is entered; not changed.
+        blocks: names of its repeated blocks.
+        batches: model inputs, keyword arguments of `forward`.
+        weights: asked for a block's weights before it runs.
+        whole: whether to compute the logits of every token, which matters to layers outside the blocks only.
+        keep: applied to what modules give to later ones, to keep it elsewhere until it is used.
+        numbers: of the batches that are measured on, by default all; the survey is of all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        batches: Sequence[Mapping[str, Any]],
+        weights: Weights | None = None,
+        whole: bool = False,
+        keep: Callable[[nn.Module, tuple, Any], Any] | None = None,
+        numbers: Sequence[int] | None = None,
+    ):
+        self.model, self.batches, self.whole = model, batches, whole
+        self.weights, self.keep = weights or InMemory(), keep
+        self.numbers = range(len(batches)) if numbers is None else numbers
+        self.modules = {name: model.get_submodule(name) for name in blocks}
+        self.running: Pass | None = None
+        self.order: dict[str, int] = {}
+        self._of_tokens = {name: reads_tokens(model, name) for name in blocks}
+        self._expected: dict[frozenset[str], Counter[str]] = {}
+        self._ways: list[list[str]] = []
+        self._passes: list[Pass] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> BlockWalk:
+        self._stack.enter_context(evaluating(self.model))
+        for name, module in self.modules.items():
             before = module.register_forward_pre_hook(self._before(name), with_kwargs=True, prepend=True)
-            after = module.register_forward_hook(self._after)
-            self._hooks.callback(before.remove)
-            self._hooks.callback(after.remove)
+            self._stack.callback(before.remove)
+            self._stack.callback(module.register_forward_hook(self._after).remove)
+        if self.keep is not None:
+            inside = {inner for module in self.modules.values() for inner in list(module.modules())[1:]}
+            for module in self.model.modules():
+                if module not in inside:
+                    self._stack.callback(module.register_forward_hook(self.keep).remove)
         return self
 
     def __exit__(self, *exception) -> None:
-        self._hooks.close()
+        with self._stack:
+            for one in self._passes:
+                if one:
+                    one.parent = getcurrent()
+                    one.throw()
+            self._passes.clear()
+
+    @property
+    def blocks(self) -> list[str]:
+        """The blocks in the order in which all batches will have passed them, once `survey` has seen it."""
+        return sorted(self.order, key=self.order.__getitem__)
+
+    def rows(self, x: Tensor, values: Tensor) -> Tensor:
+        """The rows of a layer's input, or of what it makes of it, that are not padding in the pass that is running."""
+        assert self.running is not None
+        return self.running.padding.rows(x, values)
+
+    def survey(self, layers: Mapping[str, nn.Module]) -> InputSurvey:
+        """Run one batch of each kind through the whole model, and more of them until every layer has been reached.
+
+        Two batches are of one kind if they hold the same inputs: images and text, say, or text alone.
+
+        Raises:
+            CalibrationError: the model does not accept a batch.
+            NonFiniteError: an activation holds NaN or infinity.
+        """
+        survey = InputSurvey(layers, self.rows)
+        for number, batch in enumerate(self.batches):
+            if kind(batch) in self._expected and not survey.unseen:
+                continue
+            with survey:
+                calls = self._through(Pass(self, number))
+            self._expected[kind(batch)] = Counter(calls) | self._expected.get(kind(batch), Counter())
+            self._ways.append(calls)
+        self.order = {block: place for place, block in enumerate(merged(self._ways))}
+        return survey
+
+    def _through(self, one: Pass) -> list[str]:
+        """Take a pass through the whole model; the calls of blocks that it makes."""
+        self._passes.append(one)
+        one.proceed()
+        while one:
+            block = self._stands(one)
+            self.weights.load(block)
+            while one and one.at == block:
+                one.proceed()
+            self.weights.release(block)
+        self._passes.remove(one)
+        return one.calls
+
+    def measure(
+        self, recorder_of: Callable[[str], GramRecorder | None], outside: InputObserver | None = None
+    ) -> Iterator[tuple[str, GramRecorder | None]]:
+        """Run all batches, and hand out each block with what was recorded of it once all of them have passed it.
+
+        The block's layers may be replaced before the next one is asked for. In parallel calibration nothing that is
+        measured later comes from replaced layers; with an `AnchoredRecorder` everything does.
+
+        Args:
+            recorder_of: called before a block runs for the first time; `None` where nothing is to be recorded.
+            outside: sees the layers outside the blocks, all the time.
+
+        Raises:
+            CalibrationError: a batch takes another way through the model than the first of its kind did.
+            NonFiniteError: an activation holds NaN or infinity.
+        """
+        with outside or ExitStack():
+            yield from self._measure([Pass(self, number) for number in self.numbers], recorder_of)
+
+    def _measure(
+        self, passes: list[Pass], recorder_of: Callable[[str], GramRecorder | None]
+    ) -> Iterator[tuple[str, GramRecorder | None]]:
+        recorders: dict[str, GramRecorder | None] = {}
+        passed: set[str] = set()
+        self._start(passes)
+        while waiting := [one for one in passes if one]:
+            block = self._next(waiting)
+            _refuse_again(block, passed)
+            self.weights.load(block)
+            if block not in recorders:
+                recorders[block] = recorder_of(block)
+            with recorders[block] or ExitStack():
+                for one in waiting:
+                    while one and one.at == block:
+                        one.proceed()
+            if self._is_passed(block, passes):
+                passed.add(block)
+                yield block, recorders.pop(block)
+            self.weights.release(block)
+        for block in list(recorders):  # a batch passed it by that was expected to run it
+            self.weights.load(block)
+            yield block, recorders.pop(block)
+            self.weights.release(block)
+
+    def measure_anchored(
+        self, recorder_of: Callable[[str], AnchoredRecorder | None], outside: InputObserver | None = None
+    ) -> Iterator[tuple[str, AnchoredRecorder | None]]:
+        """As `measure`, for anchored calibration, with a second pass a batch through the compressed blocks.
+
+        Raises:
+            CalibrationError: besides, a block is called more than once in a forward pass, or compressing sends a batch
+                another way through the model.
+        """
+        self._refuse_repeated()
+        dense, compressed = ([Pass(self, number) for number in self.numbers] for _ in range(2))
+        twins = dict(zip(self.numbers, compressed, strict=True))
+        with outside or ExitStack():
+            self._start(dense)
+        self._start(compressed)
+        recorders: dict[str, AnchoredRecorder | None] = {}
+        passed: set[str] = set()
+        while waiting := [one for one in dense if one]:
+            block = self._next(waiting)
+            _refuse_again(block, passed)
+            self.weights.load(block)
+            if block not in recorders:
+                recorders[block] = recorder_of(block)
+            for one in waiting:
+                if one.at == block:
+                    self._pair(block, one, twins[one.number], recorders[block], outside)
+            if self._is_passed(block, dense):
+                passed.add(block)
+                yield block, recorders.pop(block)
+                for one in compressed:
+                    if one and one.at == block:
+                        one.proceed()
+            self.weights.release(block)
+
+    def _pair(
+        self,
+        block: str,
+        dense: Pass,
+        compressed: Pass,
+        recorder: AnchoredRecorder | None,
+        outside: InputObserver | None,
+    ) -> None:
+        """Run a dense block on the dense model's inputs, and on a copy of those that the compressed blocks produce."""
+        if not compressed or compressed.at != block:
+            raise CalibrationError(
+                f"batch {dense.number} reaches {block} in the dense model but not after compression, or batches with "
+                "the same inputs take several ways through the model; use calibration='parallel'"
+            )
+        with ExitStack() as stack:
+            if recorder is not None:
+                stack.enter_context(recorder).pairing = "dense"
+            with outside or ExitStack():
+                dense.proceed()
+            if recorder is not None:
+                recorder.pairing = "compressed"
+                self._observe(block, compressed)
+
+    def _observe(self, block: str, one: Pass) -> None:
+        """Run a block on a copy of what a pass that stands before it would give it, and forget its outputs."""
+        args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, one.arguments)
+        self.running = one
+        self.enter(one, args, kwargs)
+        self.modules[block](*args, **kwargs)
+        one.padding.leave_block()
+        self.running = None
+
+    def _start(self, passes: list[Pass]) -> None:
+        self._passes += passes
+        for one in passes:
+            one.proceed()
+
+    def _place(self, block: str) -> int:
+        return self.order.setdefault(block, len(self.order))
+
+    def _stands(self, one: Pass) -> str:
+        assert one.at is not None, "a pass that is not at its end stands before a block"
+        return one.at
+
+    def _next(self, waiting: list[Pass]) -> str:
+        """The block to run."""
+        return min((self._stands(one) for one in waiting), key=self._place)
+
+    def _is_passed(self, block: str, passes: list[Pass]) -> bool:
+        """Whether no pass will call a block again."""
+        return not any(one and (one.at == block or self._will_call(one, block)) for one in passes)
+
+    def _will_call(self, one: Pass, block: str) -> bool:
+        """Whether a pass will come to a block that it does not stand before, as the first of its kind foretells."""
+        return one.calls.count(block) < self._expected[kind(self.batches[one.number])][block]
+
+    def _refuse_repeated(self) -> None:
+        repeated = [block for calls in self._expected.values() for block, times in calls.items() if times > 1]
+        if repeated:
+            raise CalibrationError(
+                f"{repeated[0]} runs more than once in a forward pass, and anchored calibration fits a block where it "
+                "runs; use calibration='parallel'"
+            )
+
+    def enter(self, one: Pass, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Tell a pass's padding mask which block comes next."""
+        block = self._stands(one)
+        one.padding.enter_block(self.modules[block], args, kwargs, self._of_tokens[block])
 
     def _before(self, name: str):
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if name not in self.walk.blocks:
-                self.walk.blocks.append(name)
-            self.walk.enter(name, args, kwargs)
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            self.calls.append(_Call(name, tuple(self._link(name, leaf) for leaf in leaves), spec))
+            one = getcurrent()
+            if isinstance(one, Pass) and one.walk is self:
+                one.stop_before(name, args, kwargs)
 
         return before
 
     def _after(self, module: nn.Module, args: tuple, result: Any) -> None:
-        for leaf, value in enumerate(pytree.tree_leaves(result)):
-            if isinstance(value, Tensor) and self._producer(value) is None:
-                # blocks do not nest: the last call is the one that returns
-                self._producers[value] = version(value), _Output(len(self.calls) - 1, leaf)
-        self.walk.padding.leave_block()
-
-    def _link(self, name: str, leaf: Any) -> Any:
-        """A link, if the argument is the output of a block that `run` visits no later than this one."""
-        if isinstance(leaf, Cache):
-            raise CalibrationError(f"{name} was called with a key-value cache; switch use_cache off in the batches")
-        if not isinstance(leaf, Tensor):
-            return leaf
-        output, stages = self._producer(leaf), self.walk.blocks
-        if output is not None and stages.index(self.calls[output.call].block) <= stages.index(name):
-            return output
-        return self._copy(leaf)
-
-    def _producer(self, tensor: Tensor) -> _Output | None:
-        made, output = self._producers.get(tensor, (None, None))
-        return output if made == version(tensor) else None
-
-    def _copy(self, tensor: Tensor) -> Tensor:
-        """A copy, one for all calls, but for an expanded tensor, which is small and cannot be written to."""
-        if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
-            return tensor
-        if self._copies.get(tensor, (None,))[0] != version(tensor):
-            self._copies[tensor] = version(tensor), tensor.clone()
-        return self._copies[tensor][1]
+        one = getcurrent()
+        if isinstance(one, Pass) and one.walk is self:
+            one.padding.leave_block()
 
 
-def _arguments(
-    call: _Call, outputs: Mapping[_Output, Tensor], device: torch.device, copied: bool
-) -> tuple[tuple, dict]:
-    leaves = [outputs[leaf] if isinstance(leaf, _Output) else leaf for leaf in call.leaves]
-    leaves = [leaf.to(device, copy=copied) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return pytree.tree_unflatten(leaves, call.spec)
+def _refuse_again(block: str, passed: set[str]) -> None:
+    if block in passed:
+        raise CalibrationError(
+            f"a batch of the calibration set runs {block} after the first batch with the same inputs would have been "
+            "past it; give batches that take one way through the model"
+        )
+
+
+def merged(ways: Sequence[Sequence[str]]) -> list[str]:
+    """The blocks of several ways through a model, in an order that fits them all, each where it is called last."""
+    ways = [list(dict.fromkeys(reversed(way)))[::-1] for way in ways]
+    order: list[str] = []
+    while ways := [way for way in ways if way]:
+        ready = (way[0] for way in ways if not any(way[0] in other[1:] for other in ways))
+        order.append(next(ready, ways[0][0]))
+        ways = [[block for block in way if block != order[-1]] for way in ways]
+    return order
+
+
+def kind(batch: Mapping[str, Any]) -> frozenset[str]:
+    """Which inputs a batch holds."""
+    return frozenset(key for key, value in batch.items() if value is not None)
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: bool) -> None:
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     if not whole and "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs.setdefault("logits_to_keep", 1)
@@ -235,8 +395,11 @@ def _forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: boo
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, no key-value cache; everything is as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
+    """No gradients, no dropout, no key-value cache; afterwards everything is as it was.
+
+    A module that takes the place of another meanwhile trains where the module around it does.
+    """
+    training = {name: module.training for name, module in model.named_modules()}
     configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     model.eval()
@@ -248,5 +411,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for config in caching:
             config.use_cache = True
-        for module in training:
-            module.training = True
+        for name, module in model.named_modules():
+            module.training = training.setdefault(name, training.get(name.rpartition(".")[0], False))

@@ -1,23 +1,29 @@
-"""`optimum-cli pgsvd`: compress, plan and inspect."""
+"""`optimum-cli pgsvd`: compress, measure, plan and inspect."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
-def add_model_arguments(parser: ArgumentParser) -> None:
-    """What to compress, and how far."""
+def add_source_arguments(parser: ArgumentParser) -> None:
+    """Which model."""
     parser.add_argument("-m", "--model", required=True, help="folder or Hub name of the dense model")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     parser.add_argument("--dtype", default="auto", help="dtype to load the model in (default: the checkpoint's)")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run modelling code of the model's repository"
     )
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """What to compress, and how far."""
+    add_source_arguments(parser)
     budget = parser.add_argument_group("budget", "exactly one of")
     budget.add_argument(
         "--parameter-reduction", type=float, help="fraction of the targets' parameters removed, 0.2 = 20 %%"
@@ -41,7 +47,9 @@ def add_model_arguments(parser: ArgumentParser) -> None:
 def add_calibration_arguments(parser: ArgumentParser) -> None:
     """What the factors are fitted on, and by which solver."""
     how = parser.add_argument_group("calibration")
-    how.add_argument("--dataset", help='.txt, .jsonl or .parquet file, Hub dataset, or "self"')
+    how.add_argument(
+        "--dataset", help='.txt, .jsonl or .parquet file, Hub dataset, folder of `pgsvd measure`, or "self"'
+    )
     how.add_argument("--tokenizer", help="folder or Hub name (default: the model's)")
     how.add_argument("--calibration", default="parallel", help="parallel (the paper, default) or anchored")
     how.add_argument("--blend", type=float, default=0.5, help="of anchored calibration: 1 aims at the dense outputs")
@@ -57,31 +65,48 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
     how.add_argument("--num-iterations", type=int, default=10, help="ALS sweeps (default 10)")
 
 
+def add_output_arguments(parser: ArgumentParser, what: str) -> None:
+    """Where to write, and what to do with what is there."""
+    parser.add_argument("-o", "--output", required=True, help=f"folder for the {what}")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output folder that is not empty")
+    parser.add_argument(
+        "--resume",
+        action=BooleanOptionalAction,
+        default=True,
+        help="take up what an interrupted run with one block in memory left beside the output (default: yes)",
+    )
+
+
 CONFIG_FIELDS = (
     "parameter_reduction", "tolerance", "allocation", "modules_to_not_convert", "rank_multiple", "dataset",
     "tokenizer", "calibration", "blend", "num_samples", "sequence_length", "batch_size", "seed", "solver",
-    "num_iterations", "self_contained",
+    "num_iterations", "self_contained", "elastic",
 )  # fmt: skip
 
 
-def config_of(args: Namespace) -> Any:
-    """The `PGSVDConfig` that the arguments describe."""
+def config_of(args: Namespace, **fixed: Any) -> Any:
+    """The `PGSVDConfig` that the arguments describe, with some fields fixed."""
     from ..config import PGSVDConfig
+
+    fields = {name: getattr(args, name) for name in CONFIG_FIELDS if hasattr(args, name)}
+    if getattr(args, "ranks", None):
+        with open(args.ranks, encoding="utf-8") as file:
+            fields["ranks"] = json.load(file)
+    return PGSVDConfig(**{**fields, "groups": groups_of(args), **fixed})
+
+
+def groups_of(args: Namespace) -> dict[str, dict[str, float]]:
+    """The budgets of `--group`."""
     from ..errors import ConfigError
 
     groups = {}
-    for glob, budget in args.group:
+    for glob, budget in getattr(args, "group", ()):
         field, _, value = budget.partition("=")
         try:
             groups[glob] = {field: float(value)}
         except ValueError:
             raise ConfigError(f"--group {glob} {budget}: write tolerance=0.3 or parameter_reduction=0.2") from None
-    ranks = None
-    if args.ranks:
-        with open(args.ranks, encoding="utf-8") as file:
-            ranks = json.load(file)
-    fields = {name: getattr(args, name) for name in CONFIG_FIELDS if hasattr(args, name)}
-    return PGSVDConfig(ranks=ranks, groups=groups, **fields)
+    return groups
 
 
 def load_model(args: Namespace, config: Any = None) -> Any:
@@ -123,31 +148,134 @@ class CompressCommand(_Command):
         """Declare the arguments."""
         add_model_arguments(parser)
         add_calibration_arguments(parser)
-        parser.add_argument("-o", "--output", required=True, help="folder for the compressed model")
-        parser.add_argument("--overwrite", action="store_true", help="replace an output folder that is not empty")
+        add_output_arguments(parser, "compressed model")
+        parser.add_argument(
+            "--stream",
+            action=BooleanOptionalAction,
+            default=None,
+            help="hold one block of the model in memory at a time, and go on after an interruption (default: where "
+            "the model would not fit, or with several processes)",
+        )
         parser.add_argument("--max-shard-size", default="5GB", help="size of the largest weight file (default 5GB)")
         parser.add_argument(
             "--self-contained", action="store_true", help="ship the loading code, for trust_remote_code=True"
+        )
+        parser.add_argument(
+            "--elastic", action="store_true", help="keep what it takes to cut the checkpoint further, without data"
         )
         parser.add_argument("--push-to-hub", metavar="USER/NAME", help="also push the compressed model to the Hub")
         parser.add_argument("--private", action="store_true", help="make the pushed repository private")
 
     def work(self, args: Any) -> None:
-        """Compress on load, save, and push if asked to."""
-        from ..checkpoint import new_folder
+        """Compress, save, and push if asked to."""
         from ..hub import destination
 
         config = config_of(args)
         if args.push_to_hub:
             destination(args.push_to_hub, private=args.private or None)
-        with new_folder(args.output, args.overwrite) as folder:
-            model = load_model(args, config)
-            model.save_pretrained(folder, max_shard_size=args.max_shard_size)
-        print(model.pgsvd_report)
-        print(f"saved in {args.output}")
-        if args.push_to_hub:
+        is_main = joined_peers().is_main
+        if wants_stream(args):
+            self.streamed(args, config, is_main)
+            model: Any = load_compressed(args.output) if args.push_to_hub and is_main else None
+        else:
+            model = self.in_memory(args, config, is_main)
+        if is_main:
+            print(f"saved in {args.output}")
+        if args.push_to_hub and is_main:
             model.push_to_hub(args.push_to_hub, private=args.private or None, max_shard_size=args.max_shard_size)
             print(f"pushed to {args.push_to_hub}")
+
+    def in_memory(self, args: Any, config: Any, is_main: bool) -> Any:
+        """Compress while the model loads; the model."""
+        from contextlib import nullcontext
+
+        from ..checkpoint import new_folder
+
+        with new_folder(args.output, args.overwrite) if is_main else nullcontext("") as folder:
+            model = load_model(args, config)
+            if is_main:
+                model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+                print(model.pgsvd_report)
+        return model
+
+    def streamed(self, args: Any, config: Any, is_main: bool) -> None:
+        """Compress block by block."""
+        from ..compressor import PGSVDCompressor
+
+        report = PGSVDCompressor(config).compress_checkpoint(
+            args.model, args.output, max_shard_size=args.max_shard_size, **run_options(args)
+        )
+        if is_main:
+            print(report)
+
+
+class MeasureCommand(_Command):
+    """`optimum-cli pgsvd measure`."""
+
+    COMMAND = CommandInfo(name="measure", help="Measure a model once, to plan and compress it by any budget later.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the arguments."""
+        add_source_arguments(parser)
+        parser.add_argument("--modules-to-not-convert", nargs="*", default=None, help="names or globs that stay dense")
+        add_calibration_arguments(parser)
+        add_output_arguments(parser, "measurements")
+
+    def work(self, args: Any) -> None:
+        """Measure, with one block of the model in memory at a time."""
+        from ..compressor import PGSVDCompressor
+
+        peers = joined_peers()
+        # a budget has no effect on what is measured
+        config = config_of(args, tolerance=0.0)
+        measurements = PGSVDCompressor(config).measure_checkpoint(args.model, args.output, **run_options(args))
+        if peers.is_main:
+            print(f"{len(measurements.layers)} layers measured; use --dataset {args.output}")
+
+
+def run_options(args: Namespace) -> dict[str, Any]:
+    """The arguments of a run with one block in memory."""
+    return {
+        "resume": args.resume,
+        "overwrite": args.overwrite,
+        "revision": args.revision,
+        "dtype": args.dtype,
+        "trust_remote_code": args.trust_remote_code,
+    }
+
+
+def joined_peers() -> Any:
+    """The processes that `torchrun` or `accelerate launch` started, joined into a group."""
+    import torch
+    from accelerate import PartialState
+
+    from ..distributed import Peers
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=not torch.cuda.is_available())
+    return Peers()
+
+
+def wants_stream(args: Namespace) -> bool:
+    """Whether to hold one block in memory at a time: as asked, else where the model would not fit."""
+    from ..checkpoint import stored_bytes
+    from ..report import available_memory
+
+    if args.stream is not None:
+        return args.stream
+    if args.dataset == "self":
+        return False
+    hub = {"revision": args.revision} if args.revision else {}
+    # half as much again: factors beside their weights, activations, Gram matrices
+    return joined_peers().size > 1 or 1.5 * stored_bytes(args.model, **hub) > available_memory()
+
+
+def load_compressed(folder: str) -> Any:
+    """A compressed model, as the class its checkpoint names."""
+    from ..compressor import model_class
+
+    return model_class(folder).from_pretrained(folder)
 
 
 class PlanCommand(_Command):
@@ -159,13 +287,16 @@ class PlanCommand(_Command):
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the arguments."""
         add_model_arguments(parser)
+        parser.add_argument("--dataset", help="folder of `pgsvd measure`: plan from what was measured, in seconds")
         parser.add_argument("--json", metavar="FILE", help="also write the plan as JSON")
 
     def work(self, args: Any) -> None:
-        """Load the dense model and print the plan."""
+        """Load the dense model, or its outline where its weights were measured before, and print the plan."""
         from ..compressor import PGSVDCompressor
 
-        report = PGSVDCompressor(config_of(args)).plan(load_model(args))
+        compressor = PGSVDCompressor(config_of(args))
+        options = {"revision": args.revision, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
+        report = compressor.plan_checkpoint(args.model, **options)
         if args.json:
             with open(args.json, "w", encoding="utf-8") as file:
                 json.dump(report.to_dict(), file, indent=2)
@@ -193,6 +324,8 @@ class InspectCommand(_Command):
         else:
             for name, (out_features, rank, in_features) in contents.factors.items():
                 print(f"{name}: {out_features} × {in_features}, rank {rank}")
+        if contents.config.elastic:
+            print("elastic: from_pretrained(..., quantization_config=PGSVDConfig(...)) cuts it further, without data")
         dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in contents.dtypes.items() if count)
         print(f"{len(contents.factors)} low-rank layers; {contents.parameters:,} parameters in the files: {dtypes}")
 
@@ -203,6 +336,7 @@ class PGSVDCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(name="pgsvd", help="Activation-aware low-rank compression (PGSVD).")
     SUBCOMMANDS = (
         CommandInfo(name="compress", help=CompressCommand.COMMAND.help, subcommand_class=CompressCommand),
+        CommandInfo(name="measure", help=MeasureCommand.COMMAND.help, subcommand_class=MeasureCommand),
         CommandInfo(name="plan", help=PlanCommand.COMMAND.help, subcommand_class=PlanCommand),
         CommandInfo(name="inspect", help=InspectCommand.COMMAND.help, subcommand_class=InspectCommand),
     )

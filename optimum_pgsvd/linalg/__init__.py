@@ -2,13 +2,14 @@
 
 One layout throughout: a weight is `W (m, n)` with m output and n input features, calibration inputs are
 `X (T, n)` with one row a token, their Gram matrix is `G = Xᵀ X (n, n)`, and factors are `left (m, r)` and
-`right (r, n)` with `W ≈ left @ right`. Everything is computed in float64.
+`right (r, n)` with `W ≈ left @ right`. `working_dtype` says in which precision a weight is decomposed.
 """
 
 from .als import alternating_least_squares
 from .anchor import anchored_weight
-from .projection import output_projection
-from .relative_error import relative_activation_error, relative_weight_error
+from .precision import working_dtype
+from .projection import output_projection, projection_of_outputs
+from .relative_error import relative_activation_error, relative_output_error, relative_weight_error
 from .spectra import relative_tails, singular_values, symmetric_eigen
 from .svd import balanced, truncated_svd
 
@@ -18,10 +19,13 @@ __all__ = [
     "anchored_weight",
     "balanced",
     "output_projection",
+    "projection_of_outputs",
     "relative_activation_error",
+    "relative_output_error",
     "relative_tails",
     "relative_weight_error",
     "singular_values",
     "symmetric_eigen",
     "truncated_svd",
+    "working_dtype",
 ]

@@ -18,7 +18,7 @@ def alternating_least_squares(
     """Minimise `‖(W − left right) Xᵀ‖²` by alternating exact least-squares steps.
 
     `left ← W G rightᵀ (right G rightᵀ)†`, then `right ← (leftᵀ left)† leftᵀ W`. Only r × r matrices are inverted, by
-    pseudo-inverse, so G may be singular.
+    pseudo-inverse, so G may be singular. In float64 whatever the weight: pseudo-inverses amplify rounding.
 
     Args:
         weight: `(m, n)`.

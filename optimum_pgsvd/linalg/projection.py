@@ -3,42 +3,67 @@
 import torch
 from torch import Tensor
 
-from .spectra import symmetric_eigen
+from .leading import leading_eigenvectors
+from .precision import layer_dtype
+from .products import output_moment, self_product
 
 
 # Relative to the mean of G's diagonal. Where the calibration set leaves several factors equally good, as with a rank
-# above the number of tokens, this weight on `‖W − left right‖²` decides between them; it is far above float64 rounding
-# and far below any effect on the objective.
-TIE_BREAK = 1e-10
+# above the number of tokens, this weight on `‖W − left right‖²` decides between them. It is far above the rounding of
+# sums in that dtype. The objective of hard Gram matrices rises by at most 1e-3 of an optimum that is itself below the
+# rounding of half-precision factors.
+TIE_BREAK = {torch.float64: 1e-10, torch.float32: 1e-6}
 
 
 def output_projection(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Global minimum of `‖(W − left right) Xᵀ‖²` over all rank-r factors.
 
     `left = U_r`, `right = U_rᵀ W`, with `U_r` the r leading eigenvectors of `W G Wᵀ`. Nothing is inverted, so G may
-    be singular; among equally good factors those closest to W are taken. A tall weight (m > n) takes the n × n side:
-    with `G = V D Vᵀ` and `B = W V D^½`, the leading right singular vectors `Z_r` of B give `U_r` as an orthonormal
-    basis of `B Z_r`.
+    be singular; among equally good factors those closest to W are taken. The outputs of a tall weight (m > n) lie in
+    its column space: with `W = Q R`, `U_r = Q Z_r` and `right = Z_rᵀ R`, `Z_r` the leading eigenvectors of the n × n
+    matrix `R G Rᵀ`.
 
     Args:
         weight: `(m, n)`.
-        gram: `(n, n)`, `Xᵀ X`.
+        gram: `(n, n)`, `Xᵀ X`, float32 or float64.
         rank: 1 … min(m, n).
 
     Returns:
-        `left (m, rank)` with orthonormal columns, most important first, and `right (rank, n)`, float64.
+        `left (m, rank)` with orthonormal columns, most important first, and `right (rank, n)`, in the layer's dtype.
 
     Source:
         Closed form of arXiv 2510.05544, Eq. 2; also arXiv 2604.01609.
     """
-    weight, gram = weight.double(), gram.double()
+    dtype = layer_dtype(weight, gram)
     m, n = weight.shape
-    gram = gram + TIE_BREAK * gram.diagonal().mean() * torch.eye(n, dtype=gram.dtype, device=gram.device)
+    ridge = TIE_BREAK[gram.dtype] * float(gram.diagonal().mean())
     if m <= n:
-        basis = symmetric_eigen(weight @ gram @ weight.T)[1][:, :rank]
-    else:
-        values, vectors = symmetric_eigen(gram)
-        outputs = weight @ (vectors * values.sqrt())
-        leading = symmetric_eigen(outputs.T @ outputs)[1][:, :rank]
-        basis = torch.linalg.qr(outputs @ leading)[0]
-    return basis, basis.T @ weight
+        basis = leading_eigenvectors(lambda: output_moment(weight, gram, ridge), rank, dtype)
+        return basis, basis.T @ weight.to(dtype)
+    packed, scales = torch.geqrf(weight.to(dtype))
+    basis = leading_eigenvectors(lambda: output_moment(packed[:n], gram, ridge, triangular=True), rank, dtype)
+    left = torch.ormqr(packed, scales, torch.cat([basis, basis.new_zeros(m - n, rank)]))
+    return left, basis.T @ packed[:n].triu()
+
+
+def projection_of_outputs(weight: Tensor, moment: Tensor, energies: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """What `output_projection` finds, from the second moment of the layer's outputs instead of that of its inputs.
+
+    For a layer with m < n this is the smaller of the two. Outputs as a half-precision model rounds them will do.
+
+    Args:
+        weight: `(m, n)`.
+        moment: `(m, m)`, `Yᵀ Y = W G Wᵀ` of the outputs `Y = X Wᵀ (T, m)`, bias removed, float32 or float64.
+        energies: `(n,)`, the diagonal of G.
+        rank: 1 … min(m, n).
+
+    Returns:
+        As `output_projection`.
+
+    Source:
+        arXiv 2604.01609.
+    """
+    dtype = layer_dtype(weight, moment)
+    ridge = TIE_BREAK[moment.dtype] * float(energies.mean())
+    basis = leading_eigenvectors(lambda: ridge * self_product(weight.T, dtype) + moment.double(), rank, dtype)
+    return basis, basis.T @ weight.to(dtype)

@@ -1,6 +1,16 @@
 """How far a pair of factors is from the weight it replaces."""
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
+
+from .precision import layer_dtype, working_dtype
+from .products import panels
+
+
+# Rows of the weight at a time.
+ROWS = 1024
 
 
 def relative_weight_error(weight: Tensor, left: Tensor, right: Tensor) -> float:
@@ -12,11 +22,13 @@ def relative_weight_error(weight: Tensor, left: Tensor, right: Tensor) -> float:
         right: `(r, n)`.
 
     Returns:
-        A number from 0 up; computed in float64.
+        A number from 0 up; computed in the weight's working dtype.
     """
-    weight = weight.double()
-    norm = weight.norm()
-    return float((weight - left.double() @ right.double()).norm() / norm) if norm > 0 else 0.0
+    error = energy = 0.0
+    for rows, difference in differences(weight, left, right, working_dtype(weight.dtype)):
+        error += total(difference.square_())
+        energy += total(rows.square_())
+    return relative(error, energy)
 
 
 def relative_activation_error(weight: Tensor, left: Tensor, right: Tensor, gram: Tensor) -> float:
@@ -26,13 +38,70 @@ def relative_activation_error(weight: Tensor, left: Tensor, right: Tensor, gram:
         weight: `(m, n)`.
         left: `(m, r)`.
         right: `(r, n)`.
-        gram: `(n, n)`, `Xᵀ X`.
+        gram: `(n, n)`, `Xᵀ X`, float32 or float64.
 
     Returns:
-        A number from 0 up; computed in float64.
+        A number from 0 up; computed in the layer's dtype.
     """
-    weight, gram = weight.double(), gram.double()
-    difference = weight - left.double() @ right.double()
-    energy = ((weight @ gram) * weight).sum().clamp(min=0)
-    error = ((difference @ gram) * difference).sum().clamp(min=0)
-    return float((error / energy).sqrt()) if energy > 0 else 0.0
+    dtype = layer_dtype(weight, gram)
+    folded = gram.to(dtype, copy=True).tril_()
+    folded.diagonal().mul_(0.5)
+    error = energy = 0.0
+    for rows, difference in differences(weight, left, right, dtype):
+        error += quadratic(difference, folded)
+        energy += quadratic(rows, folded)
+    return relative(error, energy)
+
+
+def relative_output_error(weight: Tensor, left: Tensor, right: Tensor, moment: Tensor, energies: Tensor) -> float:
+    """`relative_activation_error` of rounded closed-form factors, from the second moment of the outputs.
+
+    Before rounding, `left` has orthogonal columns and `right = C W` with `C = (leftᵀ left)⁻¹ leftᵀ`. With E what
+    rounding adds to that, `(W − left right) Xᵀ = (I − left C) W Xᵀ − left E Xᵀ`. The first part is exact. The second
+    is an estimate: E is taken for noise that is independent from entry to entry, so that the diagonal of G suffices.
+
+    Args:
+        weight: `(m, n)`.
+        left: `(m, r)`, as stored.
+        right: `(r, n)`, as stored.
+        moment: `(m, m)`, `W G Wᵀ`, float32 or float64.
+        energies: `(n,)`, the diagonal of G.
+
+    Returns:
+        A number from 0 up, 0 where the outputs are all zero; computed in the layer's dtype.
+    """
+    dtype = layer_dtype(weight, moment)
+    left = left.to(dtype)
+    sizes = left.square().sum(dim=0)
+    inverse = (left / sizes.clamp(min=torch.finfo(dtype).tiny)).T
+    seen = inverse @ moment.to(dtype)
+    kept = 2 * total(seen * left.T) - total((left.T @ left) * (seen @ inverse.T))
+    energy, rounding = total(moment.diagonal()), 0.0
+    for part in panels(weight.shape[1]):
+        noise = right[:, part].to(dtype) - inverse @ weight[:, part].to(dtype)
+        rounding += total(sizes * (noise.square_() @ energies[part].to(dtype)))
+    return relative(energy - kept + rounding, energy)
+
+
+def differences(weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """Copies of some rows of the weight and of `W − left right` at a time, in a dtype."""
+    right = right.to(dtype)
+    for rows, coefficients in zip(weight.split(ROWS), left.split(ROWS), strict=True):
+        rows = rows.to(dtype, copy=True)
+        yield rows, torch.addmm(rows, coefficients.to(dtype), right, alpha=-1)
+
+
+def quadratic(rows: Tensor, folded: Tensor) -> float:
+    """`Σ dᵀ G d` over rows d, with G given as its lower triangle, diagonal halved: half the work."""
+    parts = panels(len(folded))
+    return 2 * sum(total((rows[:, p.start :] @ folded[p.start :, p]).mul_(rows[:, p])) for p in parts)
+
+
+def total(terms: Tensor) -> float:
+    """Their sum, in float64."""
+    return float(terms.sum(dtype=torch.float64))
+
+
+def relative(error: float, energy: float) -> float:
+    """`sqrt(error / energy)`, rounding below zero cut off; 0 where there is no energy."""
+    return (max(error, 0.0) / energy) ** 0.5 if energy > 0 else 0.0

@@ -3,19 +3,21 @@
 import torch
 from torch import Tensor
 
+from .precision import working_dtype
+from .products import self_product
+
 
 def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, largest first and never below zero, and eigenvectors of a positive semi-definite matrix.
 
     Args:
-        matrix: `(k, k)`, symmetric up to rounding.
+        matrix: `(k, k)`, symmetric up to rounding; its lower triangle is read.
 
     Returns:
         Eigenvalues `(k,)` float64 in descending order, negative rounding noise set to zero, and the eigenvectors
         as columns `(k, k)` float64.
     """
-    matrix = matrix.double()
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values, vectors = torch.linalg.eigh(matrix.double())
     return values.flip(0).clamp_(min=0), vectors.flip(1)
 
 
@@ -23,16 +25,17 @@ def singular_values(weight: Tensor) -> Tensor:
     """Singular values of a weight, largest first.
 
     Read off the smaller of `W Wᵀ` and `Wᵀ W`, several times faster than an SVD. Values below about 1e-8 of the
-    largest are rounding noise, far below any tolerance a layer is compressed to.
+    largest, or 3e-4 of it in float32, are rounding noise. The sums of squares of a relative error are exact to 4e-7 of
+    the whole in float32: 2e-5 of an error of 0.01, 2e-6 of one of 0.1.
 
     Args:
         weight: `(m, n)`, any floating dtype.
 
     Returns:
-        `(min(m, n),)` float64, descending.
+        `(min(m, n),)`, descending, in the working dtype.
     """
-    weight = weight.double()
-    moment = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
+    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
+    moment = self_product(tall, working_dtype(weight.dtype))
     return torch.linalg.eigvalsh(moment).flip(0).clamp_(min=0).sqrt_()
 
 

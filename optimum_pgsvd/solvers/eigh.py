@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from ..linalg import balanced, output_projection
+from ..linalg import balanced, output_projection, projection_of_outputs
 from ..structures import LowRankFactors
 from .registry import SOLVERS
 
 
-@SOLVERS.register("eigh", needs_gram=True)
+@SOLVERS.register("eigh", needs_gram=True, takes_outputs=True, nested=True)
 def eigh(weight: Tensor, gram: Tensor, rank: int, num_iterations: int) -> LowRankFactors:
     """Global optimum of the objective that ALS iterates on, from one eigendecomposition.
 
@@ -18,9 +18,24 @@ def eigh(weight: Tensor, gram: Tensor, rank: int, num_iterations: int) -> LowRan
         num_iterations: not used.
 
     Returns:
-        Balanced float64 factors, most important component first.
+        Balanced factors in the working dtype, most important component first.
 
     Source:
         Closed form of arXiv 2510.05544, Eq. 2; also arXiv 2604.01609.
     """
     return LowRankFactors(*balanced(*output_projection(weight, gram, rank)))
+
+
+def eigh_of_outputs(weight: Tensor, moment: Tensor, energies: Tensor, rank: int) -> LowRankFactors:
+    """The same optimum, from the second moment of a layer's outputs; for m ≤ n.
+
+    Args:
+        weight: `(m, n)`.
+        moment: `(m, m)`, `W G Wᵀ`.
+        energies: `(n,)`, the diagonal of G.
+        rank: 1 … min(m, n).
+
+    Returns:
+        As `eigh`.
+    """
+    return LowRankFactors(*balanced(*projection_of_outputs(weight, moment, energies, rank)))

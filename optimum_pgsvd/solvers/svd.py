@@ -7,7 +7,7 @@ from ..structures import LowRankFactors
 from .registry import SOLVERS
 
 
-@SOLVERS.register("svd", needs_gram=False)
+@SOLVERS.register("svd", needs_gram=False, takes_outputs=False, nested=True)
 def svd(weight: Tensor, gram: Tensor | None, rank: int, num_iterations: int) -> LowRankFactors:
     """Truncated SVD of the weight alone.
 
@@ -18,6 +18,6 @@ def svd(weight: Tensor, gram: Tensor | None, rank: int, num_iterations: int) -> 
         num_iterations: not used.
 
     Returns:
-        Balanced float64 factors, most important component first.
+        Balanced factors in the working dtype, most important component first.
     """
     return LowRankFactors(*truncated_svd(weight, rank))

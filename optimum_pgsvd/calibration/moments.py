@@ -1,0 +1,102 @@
+"""Second moments, summed while rows arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..distributed import Peers
+from ..linalg import working_dtype
+
+
+# Columns of a panel. Only the panels on and above the diagonal are multiplied: 9/16 of the work at 4096 columns, and
+# still wide enough for a matrix product to run at full speed.
+PANEL = 512
+
+
+class SecondMoment:
+    """Accumulates `M = Σ aᵀ b` over pairs of rows; `a` and `b` may be the same.
+
+    Products and sums of rows in half precision are made in float32, which is exact to far more than the rows are; of
+    float32 rows the products in float32 and the sum in float64; of float64 rows everything in float64.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._symmetric = True
+
+    def add(self, rows: Tensor) -> None:
+        """Add `rowsᵀ rows` of rows `(T, n)`, the upper triangle only."""
+        x, total = precise(rows), self._total(rows, rows)
+        with lossless_products(rows):
+            for start in range(0, x.shape[1], PANEL):
+                _add_product(total[start : start + PANEL, start:], x[:, start : start + PANEL], x[:, start:])
+
+    def add_pairs(self, left: Tensor, right: Tensor) -> None:
+        """Add `leftᵀ right` of rows `(T, m)` and `(T, n)`."""
+        self._symmetric = False
+        _add_product(self._total(left, right), precise(left), precise(right))
+
+    def value(self) -> Tensor:
+        """The sum so far, `(m, n)`, in `working_dtype` of the rows; not a copy."""
+        if self._sum is None:
+            raise ValueError("no rows were added")
+        if self._symmetric:
+            mirror_upper(self._sum)
+        return self._sum
+
+    def sum_over(self, peers: Peers, nothing: Tensor) -> None:
+        """Make it the sum over all processes.
+
+        Args:
+            peers: the processes, each with such a sum of its own.
+            nothing: `(0, n)`, no rows, in their dtype and on their device, for a process that has seen none.
+        """
+        self._total(nothing, nothing)
+        peers.sum(self.value())
+
+    def _total(self, left: Tensor, right: Tensor) -> Tensor:
+        if self._sum is None:
+            shape = left.shape[1], right.shape[1]
+            self._sum = torch.zeros(shape, dtype=working_dtype(left.dtype), device=left.device)
+        return self._sum
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += leftᵀ right`, in place where the dtypes agree."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total += left.T @ right
+
+
+def mirror_upper(matrix: Tensor) -> None:
+    """Copy what is above the diagonal of a square matrix to below it, in place and without a copy of the whole."""
+    for start in range(0, len(matrix), PANEL):
+        stop = start + PANEL
+        corner = matrix[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+
+
+def precise(rows: Tensor) -> Tensor:
+    """In float32 or better, as products are summed within a batch."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+@contextmanager
+def lossless_products(rows: Tensor) -> Iterator[None]:
+    """Let a CPU multiply rows that came in bfloat16 by its bfloat16 units, summing in float32: nothing is rounded."""
+    settings = getattr(torch.backends.mkldnn, "matmul", None)  # not before torch 2.9
+    if settings is None or rows.dtype != torch.bfloat16 or rows.device.type != "cpu":
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

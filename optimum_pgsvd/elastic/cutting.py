@@ -1,0 +1,301 @@
+"""Cutting: an elastic checkpoint is loaded at lower ranks than it holds, planned without data."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from ..config import BUDGETS, PGSVDConfig
+from ..errors import ConfigError
+from ..modeling_pgsvd import LowRankQuantizer, model_names
+from ..planning import plan_ranks
+from ..report import CompressionReport, ModelSize
+from ..structures import RankPlan, SVDProfile
+from ..targets import Targets, find_targets, weight_shape
+from .side_file import SideFile
+
+
+# What can be asked of a checkpoint. Everything else has gone into its factors.
+CUT_FIELDS = (*BUDGETS, "allocation", "groups", "modules_to_not_convert", "rank_multiple")
+
+FACTORS = ("left.weight", "right.weight", "left.bias")
+
+NOTE = (
+    "cut from an elastic checkpoint when it was loaded: weight errors are those of truncating the plain weights, and "
+    "activation errors were not measured"
+)
+
+
+def check_cut(request: PGSVDConfig, made: PGSVDConfig) -> None:
+    """Refuse what cannot be asked of a compressed checkpoint.
+
+    Args:
+        request: passed to `from_pretrained`.
+        made: the checkpoint's config.
+
+    Raises:
+        ConfigError: the checkpoint is not elastic, or more is given than how far to cut it.
+    """
+    if not made.elastic:
+        raise ConfigError(
+            "this checkpoint is compressed already and is not elastic: load it without quantization_config, or "
+            "compress the dense model anew, with elastic=True for a checkpoint that can be cut when it is loaded"
+        )
+    default = PGSVDConfig(parameter_reduction=0).to_dict()
+    given = [name for name, value in request.to_dict().items() if name not in CUT_FIELDS and value != default[name]]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} cannot be given to cut a checkpoint, whose factors are made: give only "
+            f"{', '.join(CUT_FIELDS)}, or compress the dense model"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """How a checkpoint is cut while it is loaded.
+
+    Args:
+        config: of the result.
+        report: of the plan, made on the dense model.
+        stored: ranks of all factors in the checkpoint and its side file, by module name.
+        extra_file: the side file, where layers that the checkpoint holds dense get factors; else `None`.
+        unused: names of what both files hold for other cuts.
+    """
+
+    config: PGSVDConfig
+    report: CompressionReport
+    stored: Mapping[str, int]
+    extra_file: str | None
+    unused: frozenset[str]
+
+    def conversions(self) -> list[WeightConverter]:
+        """What the loader does to factors that are stored at a higher rank."""
+        return [
+            WeightConverter(rf"\.{factor}\.weight$", f".{factor}.weight", [LeadingComponents(dim, self.stored)])
+            for factor, dim in (("left", 1), ("right", 0))
+        ]
+
+    def prepare(self, model: Any, checkpoint_files: list[str]) -> None:
+        """Make the loader read the side file where it is needed, and not mind what it does not need.
+
+        Args:
+            model: being loaded.
+            checkpoint_files: that the loader is about to read.
+        """
+        if self.extra_file is None:
+            return
+        checkpoint_files.append(self.extra_file)
+        settle = model._adjust_missing_and_unexpected_keys
+
+        def settle_the_rest(loading_info: Any) -> None:
+            loading_info.unexpected_keys = {*loading_info.unexpected_keys} - self.unused
+            settle(loading_info)
+
+        model._adjust_missing_and_unexpected_keys = settle_the_rest
+
+    def finish(self, model: Any, made: CompressionReport | None) -> CompressionReport:
+        """Leave nothing of the cut in a loaded model, which is an ordinary compressed one.
+
+        Args:
+            model: loaded.
+            made: the checkpoint's report, if it has one.
+
+        Returns:
+            The report of the cut.
+        """
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions
+            if not any(isinstance(step, LeadingComponents) for step in getattr(conversion, "operations", ()))
+        ]
+        plan, after = self.report, ModelSize.of(model)
+        # Of the dense model, what is tied is counted once only when weights are loaded.
+        before = ModelSize(
+            after.parameters + plan.model_before.parameters - plan.model_after.parameters,
+            after.bytes + plan.model_before.bytes - plan.model_after.bytes,
+        )
+        report = replace(plan, model_before=before, model_after=after)
+        if made is None:
+            return report
+        notes = (*made.notes, *plan.notes)
+        return replace(report, calibration=made.calibration, base_model=made.base_model, notes=notes)
+
+
+class LeadingComponents(ConversionOps):
+    """Keeps as many components of a factor as the layer that it is loaded into has a rank; the rest is freed.
+
+    Args:
+        dim: that numbers the components.
+        stored: ranks of the factors in the checkpoint by module name. Factors of any other rank are left as they are
+            for the loader's own check of shapes.
+    """
+
+    def __init__(self, dim: int, stored: Mapping[str, int]):
+        self.dim, self.stored = dim, stored
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LeadingComponents:
+        return self  # the loader copies it for every tensor
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Cut one factor."""
+        (tensors,) = input_dict.values()
+        factor = tensors[0] if isinstance(tensors, list) else tensors
+        layer = full_layer_name.rsplit(".", 2)[0]
+        if factor.shape[self.dim] == self.stored.get(layer):
+            rank = model.get_submodule(layer).rank
+            factor = factor.narrow(self.dim, 0, rank).clone() if rank < factor.shape[self.dim] else factor
+        return {target_patterns[0]: factor}
+
+
+@dataclass(frozen=True, eq=False)
+class StoredLayer:
+    """A target as an elastic checkpoint holds it.
+
+    Args:
+        name: in the checkpoint.
+        profile: of its weight.
+        rank: of its factors, 0 where no factors of it save anything.
+        dense: whether the checkpoint holds it dense, so that its factors are in the side file.
+    """
+
+    name: str
+    profile: SVDProfile
+    rank: int
+    dense: bool
+
+    @property
+    def parameters(self) -> int:
+        """Of its weight in the checkpoint as it is."""
+        return self.profile.shape.parameters(None if self.dense else self.rank)
+
+    def gives(self, rank: int | None) -> bool:
+        """Whether it can be loaded at a rank, or dense (`None`)."""
+        return self.dense if rank is None else rank <= self.rank
+
+
+def plan_cut(model: PreTrainedModel, request: PGSVDConfig, quantizer: LowRankQuantizer, side: SideFile) -> Cut:
+    """Plan how to cut a checkpoint.
+
+    Args:
+        model: being loaded, still dense and without weights.
+        request: how far to cut.
+        quantizer: that loads it, with the checkpoint's config.
+        side: the checkpoint's side file.
+
+    Returns:
+        The cut.
+
+    Raises:
+        ConfigError: the request does not fit the model, cannot be met, or asks for more than is stored.
+        CheckpointError: the side file is not that of the checkpoint.
+    """
+    made: Any = quantizer.quantization_config
+    side.check(made)
+    layers = stored_layers(model, side, quantizer)
+    profiles = {name: layer.profile for name, layer in layers.items()}
+    targets = find_targets(model, request, layers)
+    plan = plan_ranks(model, targets, request, profiles=profiles)
+    check_stored(plan, layers)
+    config = cut_config(made, request, {layers[name].name: rank for name, rank in plan.ranks.items()})
+    factored = {name: layers[name].name for name in plan.ranks if layers[name].dense}
+    return Cut(
+        config,
+        report_of(with_errors(plan, layers), targets, model, config, request),
+        {name: layer.rank for name, layer in layers.items()},
+        side.path if factored else None,
+        unused_names(side, layers, factored),
+    )
+
+
+def stored_layers(model: PreTrainedModel, side: SideFile, quantizer: LowRankQuantizer) -> dict[str, StoredLayer]:
+    """The targets of a checkpoint that a model has, by module name; those of another tower are left out."""
+    ranks: Any = quantizer.quantization_config.ranks
+    names: dict[str, Any] = model_names(model, {name: name for name in side.values}, quantizer)
+    return {
+        module: StoredLayer(
+            name,
+            SVDProfile(weight_shape(model.get_submodule(module)), side.values[name]),
+            ranks.get(name) or side.ranks.get(name, 0),
+            name not in ranks,
+        )
+        for module, name in names.items()
+    }
+
+
+def check_stored(plan: RankPlan, layers: Mapping[str, StoredLayer]) -> None:
+    """Raise `ConfigError` where a plan asks for more than a checkpoint holds."""
+    ranks = {name: plan.layers[name].rank if name in plan.layers else None for name in layers}
+    more = [name for name, layer in layers.items() if not layer.gives(ranks[name])]
+    if more:
+        given = f"at rank {layers[more[0]].rank} or less" + (", or dense" if layers[more[0]].dense else "")
+        asked = "dense" if ranks[more[0]] is None else f"at rank {ranks[more[0]]}"
+        kept = sum(layer.parameters for layer in layers.values())
+        dense = sum(layer.profile.shape.dense_parameters for layer in layers.values())
+        # Rounded up: what is printed can be asked for.
+        least = math.ceil(1e4 * (1 - kept / dense)) / 1e4
+        raise ConfigError(
+            f"the checkpoint gives {more[0]} {given}, and the request asks for it {asked}; it asks too much of "
+            f"{len(more)} layers in all. With the allocation and the layers that it was made with, this checkpoint "
+            f"gives parameter_reduction={least} or more; for a larger model, compress the dense model anew"
+        )
+
+
+def with_errors(plan: RankPlan, layers: Mapping[str, StoredLayer]) -> RankPlan:
+    """A plan with the error e(rank) of every layer, whether or not it was planned by errors."""
+    return RankPlan(
+        {
+            name: replace(layer, relative_error=layers[name].profile.relative_error(layer.rank))
+            for name, layer in plan.layers.items()
+        }
+    )
+
+
+def cut_config(made: PGSVDConfig, request: PGSVDConfig, ranks: Mapping[str, int]) -> PGSVDConfig:
+    """The config of the result: how far from the request, all else from the checkpoint.
+
+    Args:
+        made: the checkpoint's.
+        request: passed to `from_pretrained`.
+        ranks: of the result, by name in the checkpoint.
+    """
+    result = made.with_ranks(ranks)
+    for field in set(CUT_FIELDS) - {"ranks"}:
+        setattr(result, field, copy.deepcopy(getattr(request, field)))
+    dense = [*made.modules_to_not_convert, *request.modules_to_not_convert]
+    result.modules_to_not_convert = list(dict.fromkeys(dense))
+    result.elastic = False
+    return result
+
+
+def report_of(
+    plan: RankPlan, targets: Targets, model: PreTrainedModel, config: PGSVDConfig, request: PGSVDConfig
+) -> CompressionReport:
+    """The report of a cut, from its plan and the dense model."""
+    record = config.to_dict() | {"ranks": request.ranks, "format_version": None}
+    return replace(CompressionReport.of_plan(plan, targets, model, record), notes=(NOTE,))
+
+
+def unused_names(side: SideFile, layers: Mapping[str, StoredLayer], factored: Mapping[str, str]) -> frozenset[str]:
+    """What the loader will find and this cut does not need, by its name in the checkpoint and in the model."""
+    wanted = {f"{name}.{kind}" for name in factored.values() for kind in FACTORS}
+    unused = {key for key in side.keys if key not in wanted} | {f"{name}.bias" for name in factored.values()}
+    modules = {layer.name: module for module, layer in layers.items()}
+    kinds = (*FACTORS, "values", "bias")
+    return frozenset(
+        unused | {f"{modules[name]}.{kind}" for name in modules for kind in kinds if f"{name}.{kind}" in unused}
+    )

@@ -1,0 +1,149 @@
+"""Measuring a checkpoint on disk once, to plan and factor it by as often as one likes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..calibration import GramRecorder
+from ..distributed import Peers
+from ..errors import ConfigError
+from ..factoring import Clock, Job, check_reached, measured
+from ..linalg import singular_values
+from ..measurements import INDEX, Measurements, write_block, write_index
+from ..planning import dense_weight
+from ..report import LayerReport
+from ..structures import LayerPlan, RankPlan, SVDProfile
+from ..targets import Target, Targets, find_blocks
+from .run import Options, Run, refuse_taken
+from .shared import SharedWorkspace
+from .source import StreamedModel
+from .spill import Spill
+from .weights import StreamedWeights
+from .workspace import Workspace, differences
+
+
+# Fields of a config that have no effect on what is measured.
+PLANNING = ("parameter_reduction", "tolerance", "ranks", "groups", "allocation", "rank_multiple", "num_iterations")
+
+
+@dataclass
+class ToMeasurements:
+    """The destination of blocks that are measured, and not changed.
+
+    Args:
+        weights: of the model, a block at a time.
+        work: keeps account of the blocks.
+        spill: of the activations.
+    """
+
+    weights: StreamedWeights
+    work: Workspace
+    spill: Spill
+
+    def is_finished(self, block: str | None) -> bool:
+        """Whether this run or an earlier one measured a block."""
+        return block in self.work.finished
+
+    def restore(self, block: str | None) -> list[LayerReport] | None:
+        """The dense layers are in place."""
+        return self.work.finished.get(block)
+
+    def finish(self, block: str | None, layers: list[LayerReport]) -> None:
+        """Nothing is replaced."""
+
+    def keep(self, module: nn.Module, args: tuple, outputs: Any) -> Any:
+        """A forward hook: outputs, in files where memory is used up."""
+        return self.spill.keep(module, args, outputs)
+
+
+def measure_checkpoint(
+    source: StreamedModel, output: str | os.PathLike, config: Any, tokenizer: Any = None, **options: Any
+) -> Measurements:
+    """See `PGSVDCompressor.measure_checkpoint`.
+
+    Args:
+        source: the dense model.
+        output: folder for the measurements.
+        config: the calibration set, the solver that they are for, and which layers.
+        tokenizer: see `Options`.
+        options: see `Options`.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        ConfigError: the solver needs no measurements, or the calibration cannot be made beforehand.
+    """
+    refuse_unmeasurable(config)
+    run = Run.of(source, config, Options(tokenizer or config.tokenizer, **options))
+    request = {**run.request, "config": {k: v for k, v in run.request["config"].items() if k not in PLANNING}}
+    peers = Peers()
+    with SharedWorkspace(output, peers) as work:
+        if run.options.resume and peers.from_main(lambda: is_finished(work.output, request)):
+            return Measurements(work.output)
+        peers.from_main(lambda: refuse_taken(work.output, request, run.options.overwrite))
+        work.begin(request, run.options.resume)
+        carry_out(run, work)
+        peers.from_main(lambda: write_index(work.checkpoint, request))
+        work.publish()
+    return Measurements(output)
+
+
+def carry_out(run: Run, work: Workspace) -> None:
+    """Measure every target, from where an earlier run stopped."""
+    model, blocks, plan = run.source.model, find_blocks(run.source.model), everything(run.targets)
+    work.keep_plan(plan)
+    weights = StreamedWeights(run.source, blocks)
+    clock = Clock()
+    with work.scratch() as scratch, weights:
+        destination = ToMeasurements(weights, work, Spill(scratch, run.options.activation_memory))
+        job = Job(model, run.targets, plan, run.batches, run.config, clock, destination, blocks)
+        for block, recorder in measured(job):
+            if not destination.is_finished(block) and recorder is not None:
+                measure_block(job, block, recorder, os.path.join(work.checkpoint, file_name(block)))
+                work.keep_block(block, [], clock.seconds)
+
+
+def measure_block(job: Job, block: str | None, recorder: GramRecorder, path: str) -> None:
+    """Write what is known of a block's layers."""
+    if job.peers.size > 1:
+        recorder.sum_over(job.peers)
+    check_reached(recorder, [target.name for target in job.in_block(block)])
+    profiles = {target.name: profile_of(job.model, target) for target in job.in_block(block)}
+    if profiles and job.peers.is_main:
+        write_block(path, recorder, profiles)
+
+
+def profile_of(model: nn.Module, target: Target) -> SVDProfile:
+    """The profile of one weight in memory."""
+    return SVDProfile(target.shape, singular_values(dense_weight(model, target.name)).cpu())
+
+
+def file_name(block: str | None) -> str:
+    """Of the measurements of a block, or of what lies outside of all."""
+    return f"{block or 'outside'}.safetensors"
+
+
+def everything(targets: Targets) -> RankPlan:
+    """A plan in which no layer is left out."""
+    return RankPlan({target.name: LayerPlan(target.shape, target.shape.full_rank) for target in targets.found})
+
+
+def is_finished(output: str, request: Any) -> bool:
+    """Whether a folder holds the measurements that are asked for."""
+    return os.path.exists(os.path.join(output, INDEX)) and not differences(Measurements(output).request, request)
+
+
+def refuse_unmeasurable(config: Any) -> None:
+    """Raise `ConfigError` where there is nothing that could be measured beforehand."""
+    if not config.needs_dataset:
+        raise ConfigError(f"solver={config.solver!r} uses no data, so there is nothing to measure")
+    if config.calibration == "anchored":
+        raise ConfigError(
+            "calibration='anchored' measures each block behind the compressed ones before it, which depends on the "
+            "budget; measure with calibration='parallel'"
+        )

@@ -1,0 +1,129 @@
+"""The compressed checkpoint, written block by block."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from ..config import PGSVDConfig
+from ..distributed import Peers
+from ..errors import CheckpointError
+from ..modeling_pgsvd import LowRankLinear, checkpoint_names, low_rank_layers, set_submodule
+from ..replace import mark_compressed
+from ..report import CompressionReport
+from ..saving import attach_artifacts
+from ..structures import LowRankFactors, RankPlan
+from .shards import ShardWriter
+from .source import without_progress_bars
+
+
+class CompressedCheckpoint:
+    """The files of a model that is being compressed, byte for byte those of `save_pretrained`.
+
+    Args:
+        folder: to write into.
+        model: the dense model, on the meta device.
+        plan: the rank of every layer.
+        config: the request.
+        max_shard_size: of a weights file, in bytes or as in `"5GB"`.
+        peers: the processes that compress it together, of which the main one writes.
+
+    Attributes:
+        outline: the compressed model on the meta device.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        model: PreTrainedModel,
+        plan: RankPlan,
+        config: PGSVDConfig,
+        max_shard_size: int | str,
+        peers: Peers,
+    ):
+        self.folder, self.peers = folder, peers
+        self.outline = outline(model, plan, config)
+        state = with_tripwires(self.outline, self.outline.state_dict())
+        for name in self.outline._keys_to_ignore_on_save or ():
+            state.pop(name, None)
+        state = remove_tied_weights_from_state_dict(state, self.outline)
+        self._stored = frozenset(state)
+        self._writer = ShardWriter(folder, revert_weight_conversion(self.outline, state), max_shard_size)
+        peers.from_main(self._writer.allocate)
+
+    def write(self, model: PreTrainedModel, wanted: Callable[[str], bool]) -> None:
+        """Write those of a model's tensors whose names are wanted, and put them on disk for good.
+
+        Args:
+            model: with its layers replaced, the wanted tensors in memory.
+            wanted: tells of a tensor's name whether it is.
+
+        Raises:
+            CheckpointError: the model is not what the plan makes of it.
+            OSError: the disk is full.
+        """
+        if not self.peers.is_main:
+            return
+        names = {name for name in self._stored if wanted(name)}
+        state = {name: value for name, value in with_tripwires(model, model.state_dict()).items() if name in names}
+        if missing := names - state.keys():
+            raise CheckpointError(f"the plan makes {min(missing)} part of the model, and there is none in it")
+        for name, value in revert_weight_conversion(self.outline, state).items():
+            self._writer.write(name, value)
+        self._writer.sync()
+
+    def read_factors(self, names: Sequence[str]) -> dict[str, LowRankFactors]:
+        """The factors of layers that an earlier run wrote."""
+        on_disk = checkpoint_names(self.outline, names)
+        read = {name: [self._read(f"{on_disk[name]}.{side}.weight") for side in ("left", "right")] for name in names}
+        return {name: LowRankFactors(left, right) for name, (left, right) in read.items()}
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(os.path.join(self.folder, self._writer.file_of[name]), framework="pt") as file:
+            return file.get_tensor(name).clone()
+
+    def finish(self, report: CompressionReport, tokenizer: Any, scratch: str) -> None:
+        """Write what belongs to the checkpoint besides its weights.
+
+        Args:
+            report: of the compression.
+            tokenizer: tokenizer or processor, or where to load it from; by default the source's.
+            scratch: an empty folder on the same disk.
+        """
+        if not self.peers.is_main:
+            return
+        self._writer.write_index(self.outline.num_parameters())
+        attach_artifacts(self.outline, report, tokenizer)
+        # save_pretrained writes everything, given that there are no weights; it would remove those that are there
+        quantizer: Any = self.outline.hf_quantizer
+        quantizer.get_state_dict_and_metadata = MethodType(lambda quantizer, model: ({}, {}), quantizer)
+        with without_progress_bars():
+            self.outline.save_pretrained(scratch)
+        weights = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(scratch, self.folder, ignore=weights, dirs_exist_ok=True)
+
+
+def outline(model: PreTrainedModel, plan: RankPlan, config: PGSVDConfig) -> PreTrainedModel:
+    """What a model will be when it is compressed, without its weights."""
+    compressed = copy.deepcopy(model).to("meta")
+    for name, rank in plan.ranks.items():
+        set_submodule(compressed, name, LowRankLinear.like(compressed.get_submodule(name), rank, device="meta"))
+    mark_compressed(compressed, config)
+    return compressed
+
+
+def with_tripwires(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state with the one-element tensors that stand for dense weights, as `LowRankQuantizer` saves them."""
+    wires = {f"{name}.weight": layer.left.weight.dtype for name, layer in low_rank_layers(model).items()}
+    return {**state, **{name: torch.zeros(1, dtype=dtype) for name, dtype in wires.items()}}
