@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from .calibration import Weights
 from .checkpoint import new_folder
 from .config import PGSVDConfig
+from .elastic import Elastic
 from .errors import ConfigError
 from .factoring import Clock, InPlace, Job, calibration_of, factor, refuse_absent_weights, report_on, undone_on_error
 from .measurements import Measurements, is_measurements
-from .planning import check_request, plan_ranks
+from .planning import check_request, measure_profiles, plan_ranks
 from .replace import mark_compressed
 from .report import CompressionReport, ModelSize
 from .saving import attach_artifacts
@@ -101,13 +102,16 @@ class PGSVDCompressor(OptimumQuantizer):
             batches, measurements = calibration_of(model, targets, self.config, tokenizer)
         with clock("plan"):
             profiles = measurements.profiles(targets) if measurements else None
-            plan = plan_ranks(model, targets, self.config, profiles=profiles)
-        job = Job(model, targets, plan, batches, self.config, clock, InPlace(), measurements=measurements)
+            elastic = Elastic(profiles or measure_profiles(model, targets)) if self.config.elastic else None
+            plan = plan_ranks(model, targets, self.config, profiles=elastic.profiles if elastic else profiles)
+        job = Job(
+            model, targets, plan, batches, self.config, clock, InPlace(), measurements=measurements, elastic=elastic
+        )
         with undone_on_error(model, targets, undo):
             layers, notes = factor(job)
         mark_compressed(model, self.config)
         report = report_on(job, layers, notes, before, model)
-        attach_artifacts(model, report, tokenizer or self.config.tokenizer)
+        attach_artifacts(model, report, tokenizer or self.config.tokenizer, elastic)
         return report
 
     def compress_checkpoint(

@@ -26,6 +26,7 @@ from .calibration import (
 from .card import base_model
 from .config import PGSVDConfig
 from .distributed import Peers
+from .elastic import Elastic
 from .errors import CalibrationError, UnsupportedModelError
 from .linalg import relative_activation_error, relative_output_error, relative_weight_error
 from .logs import warn
@@ -35,7 +36,7 @@ from .planning import dense_weight
 from .replace import replace_linear
 from .report import CompressionReport, LayerReport, ModelSize, environment, peak_memory, planned_layers
 from .solvers import SOLVERS, eigh_of_outputs
-from .structures import LowRankFactors, Moments, RankPlan
+from .structures import LinearShape, LowRankFactors, Moments, RankPlan
 from .targets import Target, Targets
 
 
@@ -132,6 +133,7 @@ class Job:
         blocks: to walk over; by default those with a layer to factor.
         peers: the processes that do it together.
         measurements: made before, in the place of batches.
+        elastic: takes the factors of the targets that stay dense.
     """
 
     model: PreTrainedModel
@@ -144,14 +146,16 @@ class Job:
     blocks: Sequence[str] = ()
     peers: Peers = field(default_factory=Peers)
     measurements: Measurements | None = None
+    elastic: Elastic | None = None
 
     def __post_init__(self) -> None:
         self.blocks = self.blocks or [block for block in self.targets.blocks if self.in_block(block)]
 
     @property
     def factored(self) -> list[Target]:
-        """The targets that the plan gives a rank."""
-        return [target for target in self.targets.found if target.name in self.plan.ranks]
+        """The targets that the plan gives a rank, and for an elastic checkpoint all that factors make smaller."""
+        also = self.elastic is not None
+        return [t for t in self.targets.found if t.name in self.plan.ranks or (also and t.shape.largest_saving_rank)]
 
     def in_block(self, block: str | None) -> list[Target]:
         """Those of them that lie in a block, or outside of all."""
@@ -265,8 +269,8 @@ def measured(job: Job) -> Iterator[tuple[str | None, GramRecorder | None]]:
         job.model, job.blocks, job.batches, destination.weights, bool(outside), destination.keep, numbers
     ) as walk:
         with job.clock("survey"):
-            survey = walk.survey({target.name: job.model.get_submodule(target.name) for target in job.factored})
-            refuse_unseen(survey)
+            survey = walk.survey({name: job.model.get_submodule(name) for name in job.targets.names})
+            refuse_unseen(survey, job)
         leaders = survey.leaders
         del survey  # it holds every dense layer
         beside = GramRecorder(outside, walk.rows, leaders)
@@ -314,9 +318,10 @@ def recorder(job: Job, block: str, walk: BlockWalk, leaders: Mapping[str, str]) 
     layers = job.layers(block)
     if job.config.calibration == "anchored":
         return AnchoredRecorder(layers, walk.rows, leaders, job.config.blend)
-    shapes = {t.name: (t.shape.out_features, t.shape.in_features) for t in job.in_block(block)}
-    fewer = measured_by_outputs(shapes, leaders) if SOLVERS.trait(job.config.solver, "takes_outputs") else ()
-    return GramRecorder(layers, walk.rows, leaders, fewer)
+    # Of all targets, not of those to factor: what is measured of a layer must not depend on the budget.
+    shapes = {t.name: (t.shape.out_features, t.shape.in_features) for t in job.targets.found if t.block == block}
+    fewer = measured_by_outputs(shapes, leaders) if SOLVERS.trait(job.config.solver, "takes_outputs") else set()
+    return GramRecorder(layers, walk.rows, leaders, fewer & layers.keys())
 
 
 def timed(items: Iterator[Any], clock: Clock, step: str) -> Iterator[Any]:
@@ -346,7 +351,12 @@ def factor_block(
     for layer in layers:
         if job.peers.size == 1:  # only one layer's factors exist beside the dense weights
             reports[layer.name], solved[layer.name] = factor_layer(job.model, layer, recorder, job.config)
-        replace_linear(job.model, layer.name, exchanged(job, layer, solved.pop(layer.name, None), owners[layer.name]))
+        factors = exchanged(job, layer, solved.pop(layer.name, None), owners[layer.name])
+        if layer.rank is None:
+            assert job.elastic is not None
+            job.elastic.add(layer.name, factors)
+        else:
+            replace_linear(job.model, layer.name, factors)
     everywhere = {name: report for part in job.peers.gather(reports) for name, report in part.items()}
     return [everywhere[layer.name] for layer in layers]
 
@@ -356,11 +366,15 @@ def exchanged(job: Job, layer: LayerReport, factors: LowRankFactors | None, owne
     if job.peers.size == 1:
         assert factors is not None
         return factors
-    assert layer.rank is not None
-    weight, (m, n) = dense_weight(job.model, layer.name), layer.shape
-    like = (weight.new_empty(m, layer.rank), weight.new_empty(layer.rank, n))
+    weight, (m, n), rank = dense_weight(job.model, layer.name), layer.shape, rank_to_solve(layer)
+    like = (weight.new_empty(m, rank), weight.new_empty(rank, n))
     held = None if factors is None else (factors.left, factors.right)
     return LowRankFactors(*job.peers.broadcast(held, like, owner))
+
+
+def rank_to_solve(layer: LayerReport) -> int:
+    """The rank of a layer's factors; of one that stays dense, the largest that saves parameters."""
+    return layer.rank or LinearShape(*layer.shape).largest_saving_rank
 
 
 def factor_layer(
@@ -368,21 +382,20 @@ def factor_layer(
 ) -> tuple[LayerReport, LowRankFactors]:
     """Factor one layer; errors are those of the factors as stored, after rounding to the model's dtype."""
     start = time.perf_counter()
-    assert layer.rank is not None
     weight = dense_weight(model, layer.name)
     if recorder is not None:
         check_reached(recorder, [layer.name])
     moments = recorder.moments(layer.name) if recorder else None
     goal = recorder.goal(layer.name, weight) if recorder else weight
-    factors = solve(goal, moments, layer.rank, config).to(weight.dtype)
-    report = replace(
-        layer,
-        weight_error=relative_weight_error(weight, factors.left, factors.right),
-        activation_error=None if moments is None else activation_error(goal, factors, moments),
-        tokens=recorder.tokens[layer.name] if recorder else 0,
-        seconds=time.perf_counter() - start,
-    )
-    return report, factors
+    factors = solve(goal, moments, rank_to_solve(layer), config).to(weight.dtype)
+    if layer.rank is not None:
+        layer = replace(
+            layer,
+            weight_error=relative_weight_error(weight, factors.left, factors.right),
+            activation_error=None if moments is None else activation_error(goal, factors, moments),
+        )
+    tokens = recorder.tokens[layer.name] if recorder else 0
+    return replace(layer, tokens=tokens, seconds=time.perf_counter() - start), factors
 
 
 def solve(goal: Tensor, moments: Moments | None, rank: int, config: PGSVDConfig) -> LowRankFactors:
@@ -401,10 +414,11 @@ def activation_error(goal: Tensor, factors: LowRankFactors, moments: Moments) ->
     return relative_output_error(goal, factors.left, factors.right, moments.outputs, moments.energies)
 
 
-def refuse_unseen(survey: InputSurvey) -> None:
-    """Raise `CalibrationError` for a layer that the calibration set never reached."""
-    if survey.unseen:
-        raise unreached(survey.unseen)
+def refuse_unseen(survey: InputSurvey, job: Job) -> None:
+    """Raise `CalibrationError` for a layer to factor that the calibration set never reached."""
+    factored = {target.name for target in job.factored}
+    if unseen := [name for name in survey.unseen if name in factored]:
+        raise unreached(unseen)
 
 
 def check_reached(recorder: Recorder, names: Sequence[str]) -> None:

@@ -294,6 +294,19 @@ def test_rows_that_cannot_be_paired_are_refused():
         layer(torch.ones(2, 4))
 
 
+@pytest.mark.parametrize("pairing", ["dense", "compressed"])
+def test_layers_that_no_longer_share_their_input_are_refused(pairing: str):
+    first, second, x = nn.Linear(4, 4), nn.Linear(4, 4), torch.ones(3, 4)
+    layers, leaders = {"first": first, "second": second}, {"first": "first", "second": "first"}
+    recorder = AnchoredRecorder(layers, lambda x, values: values, leaders, 0.5)
+    with recorder:
+        recorder.pairing = pairing
+        recorder._dense["first"].append(x)
+        first(x)
+        with pytest.raises(CalibrationError, match="^second and first were fed the same tensor at first, and diff"):
+            second(x.clone())
+
+
 REPEATED = "layers.0 runs more than once in a forward pass, and anchored calibration fits a block where it runs; use "
 
 

@@ -450,12 +450,16 @@ EARLIER = LayerReport("layers.1.dense", (6, 6), 2, 36, 24, tokens=1000)
 
 
 @pytest.mark.parametrize("fields", [{}, {"calibration": "anchored"}, {"solver": "svd"}], ids=str)
-def test_what_a_destination_is_told(fields: dict[str, str]) -> None:
+def test_what_a_destination_is_told(fields: dict[str, str], monkeypatch) -> None:
     """Blocks are finished while their weights are loaded; one that was finished before is run, but not measured."""
     model = toy(lambda: Toy(Layer(), Layer(), Layer()))
     job = job_for(model, toy_batches(2), **fields)
     job.destination = Recording(model, {"layers.1": [EARLIER]})
+    recorder, recorded = factoring.recorder, []
+    observe = lambda job, block, *rest: recorded.append(block) or recorder(job, block, *rest)  # noqa: E731
+    monkeypatch.setattr(factoring, "recorder", observe)
     layers, _ = factor(job)
+    assert recorded == ([] if "solver" in fields else ["layers.0", "layers.2"])
     kept = [event for event in job.destination.events if event[0] == "keep"]
     events = [event for event in job.destination.events if event[0] != "keep"]
     survey = [(step, f"layers.{i}") for i in range(3) for step in ("load", "release")]

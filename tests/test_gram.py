@@ -539,6 +539,28 @@ def test_masks_of_one_batch_are_not_kept_for_the_next() -> None:
     assert padding.rows(x, x).shape == (6, 1)
 
 
+class ReadsEncoder(nn.Module):
+    def forward(self, x: Tensor, encoder_hidden_states: Tensor) -> None: ...
+
+
+@torch.no_grad()
+def test_outputs_are_masked_as_their_inputs_are() -> None:
+    """Those of encoder states by the encoder's mask, though both have one shape; the outputs do not tell."""
+    padding, layer = PaddingMask(), nn.Linear(3, 2)
+    states, x = gaussian(1, 3, 3, seed=0).float(), gaussian(1, 3, 3, seed=1).float()
+    masks = {"attention_mask": torch.tensor([[1, 1, 0]]), "decoder_attention_mask": torch.tensor([[0, 0, 1]])}
+    for value, kept in ((states, slice(2)), (x, slice(2, 3))):
+        padding.start_batch(masks)
+        padding.enter_block(ReadsEncoder(), (x,), {"encoder_hidden_states": states}, True)
+        with GramRecorder({"layer": layer}, padding.rows, None, ["layer"]) as recorder:
+            layer(value)
+        rows = value[0, kept]
+        y = (rows @ layer.weight.T).double()
+        torch.testing.assert_close(recorder.moments("layer").outputs, y.T @ y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(recorder.moments("layer").energies, rows.double().square().sum(0))
+        assert recorder.tokens == {"layer": len(rows)}
+
+
 # NaN and infinity
 
 

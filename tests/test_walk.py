@@ -854,6 +854,33 @@ def test_batches_that_come_back_where_the_first_one_does() -> None:
         assert_same_calls(one, other)
 
 
+class TwoWays(Toy):
+    """Batches with a positive sum come back to the first block, where others go on to the last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = (0, 1, 0) if x.sum() > 0 else (0, 1, 2)
+        for place in places:
+            x = self.layers[place](x)
+        return x
+
+
+@pytest.mark.parametrize("signs", [(1, -1, 1), (-1, 1, -1)], ids=str)
+def test_ways_of_which_the_survey_has_seen_two(signs: tuple[int, ...]) -> None:
+    """A block is waited for as long as a batch of its kind took to come to it."""
+    model, batches = toy(lambda: TwoWays(Layer(), Layer(), Layer())), toy_batches(3, *signs)
+    expected = plain_calls(model, batches)
+    order = []
+    with BlockWalk(model, find_blocks(model), batches) as walk:
+        walk.survey(linears(model) | {"never reached": nn.Linear(1, 1)})
+        with watching(model, walk) as watch:
+            for block, _ in walk.measure(nothing):
+                order.append(block)
+                wipe(model, block)
+    assert sorted(order) == sorted(find_blocks(model))
+    for one, other in zip(watch.by_batch(3), expected, strict=True):
+        assert_same_calls(one, other)
+
+
 @pytest.mark.parametrize("signs", [(1, -1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)], ids=str)
 def test_batches_that_pass_a_block_by(signs: tuple[int, ...]) -> None:
     """Every block is handed out all the same, with all that ran through it, and all of that of the dense model."""

@@ -15,7 +15,7 @@ from ..errors import CalibrationError, NonFiniteError
 from ..linalg import working_dtype
 from ..structures import Moments
 from ..targets import weight_shape
-from .moments import SecondMoment, precise
+from .moments import SecondMoment, energies, precise
 from .version import version
 
 
@@ -92,7 +92,7 @@ class InputSurvey(InputObserver):
         if self._last[0] is not x or self._last[1] != version(x):
             self._last = (x, version(x))
             self._number += 1
-            check_finite(name, precise(rows).square().sum())
+            check_finite(name, energies(rows).sum())
         self._inputs.setdefault(name, []).append(self._number)
         self.tokens[name] += rows.shape[0]
 
@@ -146,8 +146,8 @@ class GramRecorder(InputObserver):
         rows = self.rows(x, x)
         self.tokens[name] += rows.shape[0]
         if name in self.by_outputs:
-            energies = precise(rows).square().sum(0, dtype=working_dtype(rows.dtype))
-            self._energies[name] = self._energies[name] + energies if name in self._energies else energies
+            before = self._energies.get(name)
+            self._energies[name] = energies(rows) if before is None else before + energies(rows)
         elif self.leads(name, x):
             self._moments[name].add(rows)
 

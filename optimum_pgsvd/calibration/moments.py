@@ -87,6 +87,14 @@ def precise(rows: Tensor) -> Tensor:
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
+def energies(rows: Tensor) -> Tensor:
+    """The sum of the squares of each column of rows `(T, n)`: `(n,)` in `working_dtype` of the rows."""
+    total = torch.zeros(rows.shape[1], dtype=working_dtype(rows.dtype), device=rows.device)
+    for part in rows.split(PANEL):  # squares of all at once would be the largest tensor of a forward pass
+        total += precise(part).square().sum(0, dtype=total.dtype)
+    return total
+
+
 @contextmanager
 def lossless_products(rows: Tensor) -> Iterator[None]:
     """Let a CPU multiply rows that came in bfloat16 by its bfloat16 units, summing in float32: nothing is rounded."""

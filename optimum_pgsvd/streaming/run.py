@@ -26,7 +26,7 @@ from ..structures import RankPlan
 from ..targets import Targets, find_blocks, find_targets
 from .output import CompressedCheckpoint
 from .shared import SharedWorkspace
-from .source import StreamedModel
+from .source import StreamedModel, free_at_once
 from .spill import Spill
 from .weights import StreamedWeights
 from .workspace import Workspace, differences
@@ -107,11 +107,13 @@ class Run:
             PGSVDError: see `PGSVDCompressor.compress`.
         """
         clock = Clock()
+        free_at_once()
         check_shard_size(options.max_shard_size)
         remember_commit(source.model, source.files)
         targets = find_targets(source.model, config)
         check_budgets(targets, config)
         refuse_sampling(config)
+        refuse_elastic(config)
         with clock("data"):
             batches, measurements = calibration_of(source.model, targets, config, options.tokenizer)
         request = {
@@ -258,6 +260,14 @@ def refuse_taken(output: str, request: Mapping[str, Any], overwrite: bool) -> No
         raise CheckpointError(
             f"the output folder {output} is not empty; choose another, or overwrite it"
             + "".join(f"\n  {line}" for line in changed)
+        )
+
+
+def refuse_elastic(config: PGSVDConfig) -> None:
+    """Raise `ConfigError` where the factors of dense layers would have to be kept, too."""
+    if config.elastic:
+        raise ConfigError(
+            "elastic=True cannot be had yet where a checkpoint on disk is compressed; load the model to compress it"
         )
 
 
