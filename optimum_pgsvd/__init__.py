@@ -18,10 +18,12 @@ if TYPE_CHECKING:
         CalibrationError,
         CheckpointError,
         ConfigError,
+        DistributedError,
         NonFiniteError,
         PGSVDError,
         UnsupportedModelError,
     )
+    from .measurements import Measurements
     from .modeling_pgsvd import LowRankLinear
     from .report import CompressionReport
     from .structures import LowRankFactors, RankPlan, SVDProfile
@@ -32,10 +34,12 @@ _HOMES = {
     "CalibrationError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
+    "DistributedError": "errors",
     "NonFiniteError": "errors",
     "PGSVDError": "errors",
     "UnsupportedModelError": "errors",
     "LowRankLinear": "modeling_pgsvd",
+    "Measurements": "measurements",
     "CompressionReport": "report",
     "LowRankFactors": "structures",
     "RankPlan": "structures",
@@ -47,8 +51,10 @@ __all__ = [
     "CheckpointError",
     "CompressionReport",
     "ConfigError",
+    "DistributedError",
     "LowRankFactors",
     "LowRankLinear",
+    "Measurements",
     "NonFiniteError",
     "PGSVDCompressor",
     "PGSVDConfig",

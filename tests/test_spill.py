@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from optimum_pgsvd.streaming import spill as module
-from optimum_pgsvd.streaming.spill import Spill
+from optimum_pgsvd.streaming.spill import Spill, address
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64)
@@ -93,6 +93,25 @@ def test_what_is_kept_already_is_not_moved_again(tmp_path):
         view = kept.view(10, 100)
         assert spill.put(view) is view
     assert (spill.held, spill.spilled) == (4000, 4096)
+
+
+def test_a_tensor_in_the_place_of_one_that_is_gone_is_a_new_one(tmp_path):
+    spill = Spill(tmp_path, 4000)
+    for seed in range(3):  # memory that was freed is handed out again at the same address
+        held = spill.put(drawn(1000, seed=seed))
+        moved = spill.put(drawn(1000, seed=seed))
+        assert (spill.held, spill.spilled) == (4000, 4096)
+        assert spill._kept == {address(held), address(moved)}
+        del held, moved
+        assert (spill.held, spill.spilled, spill._kept) == (0, 0, set())
+
+
+def test_a_view_takes_what_it_keeps_alive(tmp_path):
+    spill = Spill(tmp_path, 4000)
+    assert lies_in_file(spill.put(drawn(2000)[:10]))
+    kept = spill.put(drawn(1000)[:10])
+    assert not lies_in_file(kept)
+    assert spill.held == 4000
 
 
 def test_a_slot_is_used_again_once_all_views_are_gone(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ from models import FAMILIES, ODD, POSITIONS, SIZES, SPECIAL, each_family, text_f
 from streamed import assert_same_checkpoint, in_memory, on_disk, request
 from torch import nn
 
-from optimum_pgsvd import PGSVDCompressor, PGSVDConfig, factoring
+from optimum_pgsvd import PGSVDCompressor, PGSVDConfig, factoring, planning
 from optimum_pgsvd.distributed import Peers
 from optimum_pgsvd.errors import CalibrationError, CheckpointError, ConfigError, NonFiniteError, UnsupportedModelError
 from optimum_pgsvd.planning import plan_ranks
 from optimum_pgsvd.report import CompressionReport
+from optimum_pgsvd.saving import commit_of
 from optimum_pgsvd.streaming import run, spill, weights
 from optimum_pgsvd.streaming.output import CompressedCheckpoint
 from optimum_pgsvd.streaming.source import StreamedModel
@@ -181,23 +183,31 @@ def test_tied_and_untied_heads(tied, name, saved, tmp_path):
     assert_same_bytes(saved(name, tie_word_embeddings=tied), tmp_path, request(FAMILIES[name]))
 
 
-def test_texts_and_the_tokenizer(dense, tokenizer, texts, tmp_path):
-    settings = {"parameter_reduction": 0.3, "dataset": texts, "num_samples": 4, "sequence_length": 10}
-    configs = {
-        "own": (PGSVDConfig(**settings), None),
-        "given": (PGSVDConfig(**settings), tokenizer),
-        "named": (PGSVDConfig(**settings, tokenizer=str(dense)), None),
-    }
-    for name, (config, given) in configs.items():
-        folder = assert_same_bytes(dense, tmp_path / name, config, given)
-        assert (folder / "tokenizer.json").exists()
+@pytest.mark.parametrize("tokenizer_from", ["source", "config", "argument"])
+def test_texts_and_the_tokenizer(tokenizer_from, dense, tokenizer, texts, saved, tmp_path):
+    config = PGSVDConfig(
+        parameter_reduction=0.3,
+        dataset=texts,
+        num_samples=4,
+        sequence_length=10,
+        tokenizer=str(dense) if tokenizer_from == "config" else None,
+    )
+    source = dense if tokenizer_from == "source" else saved("llama")
+    given = tokenizer if tokenizer_from == "argument" else None
+    folder = assert_same_bytes(source, tmp_path, config, given)
+    assert (folder / "tokenizer.json").exists()
 
 
-def test_measurements_made_before(saved, tmp_path):
-    config = request(FAMILIES["llama"])
-    PGSVDCompressor(config).measure_checkpoint(saved("llama"), tmp_path / "measured")
-    settings = {"dataset": str(tmp_path / "measured"), "ranks": {"q_proj": 4, "down_proj": 5}}
-    assert_same_bytes(saved("llama"), tmp_path, request(FAMILIES["llama"], **settings))
+def test_measurements_made_before(saved, tmp_path, monkeypatch):
+    PGSVDCompressor(request(FAMILIES["llama"])).measure_checkpoint(saved("llama"), tmp_path / "measured")
+    monkeypatch.setattr(planning, "measure_profiles", None)  # they are there
+    config = request(FAMILIES["llama"], dataset=str(tmp_path / "measured"))
+    assert_same_bytes(saved("llama"), tmp_path, config)
+
+
+def test_more_blocks_than_have_one_digit(saved, tmp_path):
+    config = request(FAMILIES["llama"], ranks={"q_proj": 4}, solver="svd", dataset=None)
+    assert_same_bytes(saved("llama", num_hidden_layers=11), tmp_path, config)
 
 
 LOAD = """
@@ -223,6 +233,14 @@ def test_the_output_loads_in_a_fresh_process(dense, texts, tokenizer, tmp_path):
     torch.testing.assert_close(
         torch.tensor(found["logits"]), model(**tokenizer("w1 w2 w3", return_tensors="pt")).logits
     )
+
+
+def test_the_tokenizer_comes_from_the_commit_of_the_weights(saved, tmp_path):
+    snapshot = tmp_path / "snapshots" / ("0123456789" * 4)
+    shutil.copytree(saved("llama"), snapshot)
+    source = StreamedModel(snapshot, hf.LlamaForCausalLM)
+    run.compress_checkpoint(source, tmp_path / "mine", request(FAMILIES["llama"]))
+    assert commit_of(source.model) == snapshot.name
 
 
 # Little memory
@@ -295,8 +313,31 @@ def test_what_may_come_and_go(monkeypatch):
 
 
 @pytest.mark.usefixtures("all_is_large")
+@pytest.mark.parametrize("name", ["whisper", "clip"])
+def test_every_parameter_of_a_large_layer_brings_all_of_it(name, saved):
+    source = StreamedModel(saved(name), FAMILIES[name].model_class)
+    with StreamedWeights(source, find_blocks(source.model)) as streamed:
+        for layer in map(source.model.get_submodule, streamed.large):
+            for parameter, value in list(layer._parameters.items()):
+                assert value is None or value.is_meta
+                assert getattr(layer, parameter) is layer._parameters[parameter]
+                assert not any(value.is_meta for value in layer.parameters())
+                streamed.release_large()
+        assert not parts_in_memory(streamed)
+
+
+@pytest.mark.usefixtures("all_is_large")
+def test_models_know_where_they_are_though_nothing_is_there(saved):
+    source = StreamedModel(saved("llama"), hf.LlamaForCausalLM)
+    with StreamedWeights(source, find_blocks(source.model)):
+        assert source.model.device == source.model.model.device == torch.device("cpu")
+        assert source.model.dtype == torch.float32
+    assert source.model.device == torch.device("meta")
+
+
+@pytest.mark.usefixtures("all_is_large")
 def test_the_source_is_as_before_when_all_is_done(saved, tmp_path):
-    source = run.StreamedModel(saved("llama"), hf.LlamaForCausalLM)
+    source = StreamedModel(saved("llama"), hf.LlamaForCausalLM)
     config = request(FAMILIES["llama"], modules_to_not_convert=["lm_head"])
     report = run.compress_checkpoint(source, tmp_path / "mine", config)
     assert all(p.is_meta for p in source.model.parameters())
@@ -341,6 +382,11 @@ def test_memory_is_bounded_by_a_block_and_does_not_grow_with_depth(tmp_path):
 
 
 # The report and the files
+
+
+def test_no_bars_are_drawn_for_files_that_are_none(saved, tmp_path, capfd):
+    on_disk(saved("llama"), tmp_path / "mine", request(FAMILIES["llama"]))
+    assert "it/s" not in capfd.readouterr().err
 
 
 def test_a_model_that_is_not_what_was_planned_is_not_written(saved, tmp_path):

@@ -243,7 +243,7 @@ def finished_report(output: str, request: Mapping[str, Any]) -> CompressionRepor
 
 
 def report_of(output: str) -> CompressionReport | None:
-    """The report of an output that an earlier run finished, `None` where there is none."""
+    """The report of an output that was compressed on disk, `None` where there is none."""
     report = load_report(output) if os.path.exists(os.path.join(output, REPORT_NAME)) else None
     return report if report and report.request else None
 

@@ -88,11 +88,11 @@ class StreamedWeights(AbstractContextManager):
     @contextmanager
     def _unasked(self) -> Iterator[None]:
         """A context in which parameters are touched, but not by the model."""
-        before, self._is_asking = self._is_asking, False
+        self._is_asking = False
         try:
             yield
         finally:
-            self._is_asking = before
+            self._is_asking = True
 
     def _read_when_asked(self, name: str) -> None:
         layer = self.source.model.get_submodule(name)
