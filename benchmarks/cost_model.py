@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cells import GIB, RESULTS, read_cells, seconds
+from cells import GIB, RESULTS, read_cells, seconds, write_cell
 from make_checkpoint import MODELS, meta_model, model_config
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
@@ -265,14 +265,22 @@ def main() -> None:
     parser.add_argument("--reduction", type=float, default=0.2)
     parser.add_argument("--folder", type=Path, help="where to measure the disk (default: a temporary one)")
     parser.add_argument("--compare", action="store_true", help="with the measured cells instead")
+    parser.add_argument("--record", action="store_true", help="write results/cost_model.json too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         rates = measure_rates(Path(folder))
     print(", ".join(f"{name} {rate / 1e9:.1f} G/s" for name, rate in rates.items()))
     if args.compare:
         print(compare(rates))
-    else:
-        print(table(args.models, rates, args.sequences, args.length, args.reduction))
+        return
+    print(table(args.models, rates, args.sequences, args.length, args.reduction))
+    if args.record:
+        settings = {"sequences": args.sequences, "length": args.length, "reduction": args.reduction}
+        for name in args.models:
+            shapes = Shapes.of(config_of(name), args.length)
+            cost = predict(shapes, rates, args.sequences, args.reduction)
+            size = {"parameters": shapes.parameters, "blocks": len(shapes.blocks)}
+            write_cell(RESULTS / "cost_model.json", {"model": name, **settings}, {**size, **cost, "rates": rates})
 
 
 if __name__ == "__main__":

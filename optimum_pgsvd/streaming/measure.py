@@ -103,6 +103,7 @@ def carry_out(run: Run, work: Workspace) -> None:
         destination = ToMeasurements(weights, work, Spill(scratch, run.options.activation_memory))
         job = Job(model, run.targets, plan, run.batches, run.config, clock, destination, blocks)
         for block, recorder in measured(job):
+            weights.release_large()  # no forward pass is under way
             if not destination.is_finished(block) and recorder is not None:
                 measure_block(job, block, recorder, os.path.join(work.checkpoint, file_name(block)))
                 work.keep_block(block, [], clock.seconds)
