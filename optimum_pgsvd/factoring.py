@@ -279,7 +279,7 @@ def measured(job: Job) -> Iterator[tuple[str | None, GramRecorder | None]]:
             return None if destination.is_finished(block) else recorder(job, block, walk, leaders)
 
         blocks: Iterator[Any] = (walk.measure_anchored if anchored else walk.measure)(recorder_of, beside)  # type: ignore[arg-type]
-        yield from timed(in_step(blocks, walk.blocks, recorder_of, job.peers), job.clock, "grams")
+        yield from timed(in_step(blocks, walk.blocks, recorder_of, destination.weights, job.peers), job.clock, "grams")
         yield None, beside
 
 
@@ -287,6 +287,7 @@ def in_step(
     blocks: Iterator[tuple[str, GramRecorder | None]],
     order: Sequence[str],
     recorder_of: Callable[[str], GramRecorder | None],
+    weights: Weights,
     peers: Peers,
 ) -> Iterator[tuple[str, GramRecorder | None]]:
     """The blocks as they come; where there are several processes, all blocks in one order in each of them.
@@ -302,7 +303,9 @@ def in_step(
     coming = next(blocks, None)
     for block in order:
         if coming is None or coming[0] != block:
+            weights.load(block)
             yield block, recorder_of(block)
+            weights.release(block)
             continue
         yield coming
         coming = next(blocks, None)

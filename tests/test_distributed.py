@@ -103,6 +103,22 @@ def test_measurements(alone, together):
             torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
 
 
+def test_a_process_may_have_batches_that_run_other_blocks(tmp_path):
+    from safetensors.torch import load_file
+
+    FAMILIES["llava"].build().save_pretrained(tmp_path / "llava")
+    one = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path), "mixed"], capture_output=True, text=True)
+    two = torchrun(2, tmp_path, "mixed")
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    for calibration in ("parallel", "anchored"):
+        found, expected = (
+            load_file(tmp_path / f"mixed-{calibration}-{who}" / "model.safetensors") for who in ("together", "alone")
+        )
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("which", "message"),
     [

@@ -46,6 +46,17 @@ def from_disk(folder):
     PGSVDCompressor(config("t5")).measure_checkpoint(os.path.join(folder, "t5"), stats)
 
 
+def mixed(folder):
+    """Of two processes, one has the images and the other the texts alone."""
+    images, texts = FAMILIES["llava"].batches(2), FAMILIES["llama"].batches(2, seed=1)
+    batches = [images[0], texts[0], images[1], texts[1]]
+    many = "together" if dist.is_initialized() else "alone"
+    for calibration in ("parallel", "anchored"):
+        output = os.path.join(folder, f"mixed-{calibration}-{many}")
+        compressor = PGSVDCompressor(config("llava", dataset=batches, calibration=calibration))
+        compressor.compress_checkpoint(os.path.join(folder, "llava"), output)
+
+
 def other_data(folder):
     """Each process has a calibration set of its own."""
     batches = FAMILIES["llama"].batches(BATCHES + 1)[dist.get_rank() :][:BATCHES]
