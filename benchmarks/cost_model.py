@@ -203,7 +203,7 @@ def predict(shapes: Shapes, rates: Rates, sequences: int, reduction: float) -> d
         for step, work in block.work(sequences, tokens, reduction):
             times[step] = times.get(step, 0.0) + sum(amount / rates[rate] for rate, amount in work.items())
     targets = sum(layer.m * layer.n for block in shapes.blocks for layer in block.layers)
-    activations = 2 * tokens * shapes.hidden  # the residual stream of every sequence, in bfloat16
+    activations = 4 * tokens * shapes.hidden  # of every token the embedding and the hidden state, in bfloat16
     return {
         "memory": shapes.block_bytes(2) + shapes.gram_bytes(4) + GIB,
         "disk": 2 * (shapes.parameters - reduction * targets) + activations,
