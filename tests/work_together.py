@@ -93,6 +93,9 @@ if __name__ == "__main__":
     try:
         for which in sys.argv[2:] or ("in_memory", "from_disk"):
             globals()[which](sys.argv[1])
+        if dist.is_initialized():
+            dist.barrier()  # gloo ends with an abort where a peer is gone before it
+            dist.destroy_process_group()
     except PGSVDError as error:
         print(f"process {os.environ.get('RANK')}: {type(error).__name__}: {error}", flush=True)
         sys.exit(3)

@@ -184,6 +184,7 @@ class CompressCommand(_Command):
         if args.push_to_hub and is_main:
             model.push_to_hub(args.push_to_hub, private=args.private or None, max_shard_size=args.max_shard_size)
             print(f"pushed to {args.push_to_hub}")
+        leave_peers()
 
     def in_memory(self, args: Any, config: Any, is_main: bool) -> Any:
         """Compress while the model loads; the model."""
@@ -232,6 +233,7 @@ class MeasureCommand(_Command):
         measurements = PGSVDCompressor(config).measure_checkpoint(args.model, args.output, **run_options(args))
         if peers.is_main:
             print(f"{len(measurements.layers)} layers measured; use --dataset {args.output}")
+        leave_peers()
 
 
 def run_options(args: Namespace) -> dict[str, Any]:
@@ -255,6 +257,15 @@ def joined_peers() -> Any:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=not torch.cuda.is_available())
     return Peers()
+
+
+def leave_peers() -> None:
+    """Wait for the processes that `joined_peers` joined, and part from them; one that just ends would abort others."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def wants_stream(args: Namespace) -> bool:
