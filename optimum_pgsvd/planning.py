@@ -18,7 +18,7 @@ from .distributed import Peers
 from .errors import NonFiniteError
 from .linalg import singular_values
 from .structures import Budget, LayerPlan, LinearShape, RankPlan, SVDProfile
-from .targets import Targets, first_match
+from .targets import Target, Targets, first_match
 
 
 def plan_ranks(
@@ -129,16 +129,25 @@ def measure_profiles(model: nn.Module, targets: Targets, weights: Weights | None
         NonFiniteError: a weight holds NaN or infinity.
     """
     weights, peers = weights or InMemory(), Peers()
-    values: dict[str, Tensor] = {}
+    profiles: dict[str, SVDProfile] = {}
     with logging.tqdm(total=len(targets.found), desc="Measuring weights", unit="layer", disable=None) as progress:
         for block, owner in share_out_blocks(targets, peers).items():
             found = [target for target in targets.found if target.block == block]
             if owner == peers.rank:
                 with resident(weights, block):
-                    values |= {t.name: singular_values(dense_weight(model, t.name)).cpu() for t in found}
+                    profiles |= {target.name: profile_of(model, target) for target in found}
             progress.update(len(found))
-    gathered = {name: value for part in peers.gather(values) for name, value in part.items()}
-    return {target.name: SVDProfile(target.shape, gathered[target.name]) for target in targets.found}
+    gathered = {name: profile for part in peers.gather(profiles) for name, profile in part.items()}
+    return {name: gathered[name] for name in targets.names}
+
+
+def profile_of(model: nn.Module, target: Target) -> SVDProfile:
+    """The profile `e(r)` of one weight in memory.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity.
+    """
+    return SVDProfile(target.shape, singular_values(dense_weight(model, target.name)).cpu())
 
 
 def share_out_blocks(targets: Targets, peers: Peers) -> dict[str | None, int]:

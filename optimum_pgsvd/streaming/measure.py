@@ -12,12 +12,11 @@ from ..calibration import GramRecorder
 from ..distributed import Peers
 from ..errors import ConfigError
 from ..factoring import Clock, Job, check_reached, measured
-from ..linalg import singular_values
 from ..measurements import INDEX, Measurements, write_block, write_index
-from ..planning import dense_weight
+from ..planning import profile_of
 from ..report import LayerReport
-from ..structures import LayerPlan, RankPlan, SVDProfile
-from ..targets import Target, Targets, find_blocks
+from ..structures import LayerPlan, RankPlan
+from ..targets import Targets, find_blocks
 from .run import Options, Run, refuse_taken
 from .shared import SharedWorkspace
 from .source import StreamedModel
@@ -117,11 +116,6 @@ def measure_block(job: Job, block: str | None, recorder: GramRecorder, path: str
     profiles = {target.name: profile_of(job.model, target) for target in job.in_block(block)}
     if profiles and job.peers.is_main:
         write_block(path, recorder, profiles)
-
-
-def profile_of(model: nn.Module, target: Target) -> SVDProfile:
-    """The profile of one weight in memory."""
-    return SVDProfile(target.shape, singular_values(dense_weight(model, target.name)).cpu())
 
 
 def file_name(block: str | None) -> str:

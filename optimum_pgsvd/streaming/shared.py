@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -63,15 +62,10 @@ class SharedWorkspace(Workspace):
         self.finished[block] = layers
 
     @contextmanager
-    def scratch(self) -> Iterator[str]:
+    def scratch(self, name: str = "scratch") -> Iterator[str]:
         """A folder of this process for what need not outlive it."""
-        path = os.path.join(self.folder, f"scratch-{self.peers.rank}")
-        shutil.rmtree(path, ignore_errors=True)
-        os.mkdir(path)
-        try:
+        with super().scratch(f"{name}-{self.peers.rank}") as path:
             yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
 
     def publish(self) -> None:
         """Give the finished checkpoint its name, in the place of what had it."""

@@ -106,9 +106,9 @@ class Workspace(AbstractContextManager):
         self.finished[block] = layers
 
     @contextmanager
-    def scratch(self) -> Iterator[str]:
+    def scratch(self, name: str = "scratch") -> Iterator[str]:
         """A folder for what need not outlive the process."""
-        path = self._path("scratch")
+        path = self._path(name)
         shutil.rmtree(path, ignore_errors=True)
         os.mkdir(path)
         try:
