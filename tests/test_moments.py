@@ -7,7 +7,8 @@ import torch
 from cases import gaussian
 from torch import Tensor
 
-from optimum_pgsvd.calibration.moments import PANEL, SecondMoment, lossless_products, mirror_upper, precise
+from optimum_pgsvd.calibration.moments import SecondMoment, lossless_products, precise
+from optimum_pgsvd.linalg.products import PANEL, mirror_upper
 
 
 HALF = (torch.bfloat16, torch.float16)

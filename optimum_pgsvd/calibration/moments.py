@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ..distributed import Peers
-from ..linalg import working_dtype
+from ..linalg import add_product, add_self_product, mirror_upper, working_dtype
 
 
-# Columns of a panel. Only the panels on and above the diagonal are multiplied: 9/16 of the work at 4096 columns, and
-# still wide enough for a matrix product to run at full speed.
-PANEL = 512
+# Rows squared at a time: the squares of all at once would be the largest tensor of a forward pass.
+ROWS = 512
 
 
 class SecondMoment:
@@ -30,15 +29,13 @@ class SecondMoment:
 
     def add(self, rows: Tensor) -> None:
         """Add `rowsᵀ rows` of rows `(T, n)`, the upper triangle only."""
-        x, total = precise(rows), self._total(rows, rows)
         with lossless_products(rows):
-            for start in range(0, x.shape[1], PANEL):
-                _add_product(total[start : start + PANEL, start:], x[:, start : start + PANEL], x[:, start:])
+            add_self_product(self._total(rows, rows), precise(rows))
 
     def add_pairs(self, left: Tensor, right: Tensor) -> None:
         """Add `leftᵀ right` of rows `(T, m)` and `(T, n)`."""
         self._symmetric = False
-        _add_product(self._total(left, right), precise(left), precise(right))
+        add_product(self._total(left, right), precise(left), precise(right))
 
     def value(self) -> Tensor:
         """The sum so far, `(m, n)`, in `working_dtype` of the rows; not a copy."""
@@ -65,23 +62,6 @@ class SecondMoment:
         return self._sum
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += leftᵀ right`, in place where the dtypes agree."""
-    if total.dtype == left.dtype:
-        total.addmm_(left.T, right)
-    else:
-        total += left.T @ right
-
-
-def mirror_upper(matrix: Tensor) -> None:
-    """Copy what is above the diagonal of a square matrix to below it, in place and without a copy of the whole."""
-    for start in range(0, len(matrix), PANEL):
-        stop = start + PANEL
-        corner = matrix[start:stop, start:stop]
-        corner.copy_(corner.triu() + corner.triu(1).T)
-        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
-
-
 def precise(rows: Tensor) -> Tensor:
     """In float32 or better, as products are summed within a batch."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -90,7 +70,7 @@ def precise(rows: Tensor) -> Tensor:
 def energies(rows: Tensor) -> Tensor:
     """The sum of the squares of each column of rows `(T, n)`: `(n,)` in `working_dtype` of the rows."""
     total = torch.zeros(rows.shape[1], dtype=working_dtype(rows.dtype), device=rows.device)
-    for part in rows.split(PANEL):  # squares of all at once would be the largest tensor of a forward pass
+    for part in rows.split(ROWS):
         total += precise(part).square().sum(0, dtype=total.dtype)
     return total
 

@@ -8,6 +8,7 @@ One layout throughout: a weight is `W (m, n)` with m output and n input features
 from .als import alternating_least_squares
 from .anchor import anchored_weight
 from .precision import working_dtype
+from .products import add_product, add_self_product, mirror_upper
 from .projection import output_projection, projection_of_outputs
 from .relative_error import relative_activation_error, relative_output_error, relative_weight_error
 from .spectra import relative_tails, singular_values, symmetric_eigen
@@ -15,9 +16,12 @@ from .svd import balanced, truncated_svd
 
 
 __all__ = [
+    "add_product",
+    "add_self_product",
     "alternating_least_squares",
     "anchored_weight",
     "balanced",
+    "mirror_upper",
     "output_projection",
     "projection_of_outputs",
     "relative_activation_error",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 
-# Columns of a panel: wide enough for a matrix product to run at full speed.
+# Columns of a panel. Of a symmetric product only the panels on and above the diagonal are multiplied: 9/16 of the work
+# at 4096 columns, and still wide enough for a matrix product to run at full speed.
 PANEL = 512
 
 # Rows converted to the dtype of a product at a time.
@@ -31,14 +32,36 @@ def self_product(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """
     product = matrix.new_zeros(matrix.shape[1], matrix.shape[1], dtype=dtype)
     for rows in matrix.split(ROWS):
-        rows = rows.to(dtype)
-        for part in panels(len(product)):
-            product[part.start :, part].addmm_(rows[:, part.start :].T, rows[:, part])
-    for part in panels(len(product)):
-        corner = product[part, part]
-        corner.copy_(corner.tril() + corner.tril(-1).T)
-        product[: part.start, part] = product[part, : part.start].T
+        add_self_product(product, rows.to(dtype))
+    mirror_upper(product)
     return product
+
+
+def add_self_product(total: Tensor, rows: Tensor) -> None:
+    """`total += rowsᵀ rows`, the panels on and above the diagonal only.
+
+    Args:
+        total: `(n, n)`, changed in place.
+        rows: `(T, n)`, multiplied in their own dtype.
+    """
+    for part in panels(len(total)):
+        add_product(total[part, part.start :], rows[:, part], rows[:, part.start :])
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += leftᵀ right`, without a copy where the dtypes agree."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total += left.T @ right
+
+
+def mirror_upper(matrix: Tensor) -> None:
+    """Copy what is above the diagonal of a square matrix to below it, in place and without a copy of the whole."""
+    for part in panels(len(matrix)):
+        corner = matrix[part, part]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        matrix[part.stop :, part] = matrix[part, part.stop :].T
 
 
 def output_moment(weight: Tensor, gram: Tensor, ridge: float = 0.0, triangular: bool = False) -> Tensor:
