@@ -30,7 +30,7 @@ from .elastic import Elastic
 from .errors import CalibrationError, UnsupportedModelError
 from .linalg import relative_activation_error, relative_output_error, relative_weight_error
 from .logs import warn
-from .measurements import Measurements, StoredMoments, is_measurements
+from .measurements import Measurements, StoredMoments, measurements_of
 from .modeling_pgsvd import set_submodule
 from .planning import dense_weight
 from .replace import replace_linear
@@ -462,13 +462,9 @@ def calibration_of(
         CalibrationError: see `load_calibration_set` and `Measurements`.
         DistributedError: processes that work together were given different things.
     """
-    batches: list[dict[str, Any]] = []
-    measurements = None
-    if config.needs_dataset and is_measurements(config.dataset):
-        measurements = Measurements(config.dataset)
-        measurements.check(targets, config)
-    elif config.needs_dataset:
-        batches = load_calibration_set(model, config, tokenizer)
+    measurements = measurements_of(targets, config) if config.needs_dataset else None
+    needs_batches = config.needs_dataset and measurements is None
+    batches = load_calibration_set(model, config, tokenizer) if needs_batches else []
     check_shares(batches, config)
     return batches, measurements
 

@@ -42,6 +42,8 @@ def from_disk(folder):
     for calibration in ("parallel", "anchored"):
         output = os.path.join(folder, f"{calibration}-{many}")
         PGSVDCompressor(config("t5", calibration=calibration)).compress_checkpoint(os.path.join(folder, "t5"), output)
+    elastic = PGSVDCompressor(config("t5", parameter_reduction=0.02, elastic=True))
+    elastic.compress_checkpoint(os.path.join(folder, "t5"), os.path.join(folder, f"elastic-{many}"))
     stats = os.path.join(folder, f"stats-{many}")
     PGSVDCompressor(config("t5")).measure_checkpoint(os.path.join(folder, "t5"), stats)
 

@@ -17,7 +17,7 @@ from ..config import PGSVDConfig
 from ..distributed import Peers
 from ..errors import CalibrationError, CheckpointError, ConfigError
 from ..factoring import Clock, Job, calibration_of, factor, report_on
-from ..measurements import Measurements
+from ..measurements import Measurements, profiles_at_hand
 from ..planning import check_budgets, plan_ranks
 from ..replace import replace_linear
 from ..report import REPORT_NAME, CompressionReport, LayerReport, ModelSize, environment
@@ -26,6 +26,7 @@ from ..structures import RankPlan
 from ..targets import Targets, find_blocks, find_targets
 from .output import CompressedCheckpoint
 from .shared import SharedWorkspace
+from .side_file import SideFileWriter
 from .source import StreamedModel, free_at_once
 from .spill import Spill
 from .weights import StreamedWeights
@@ -113,7 +114,6 @@ class Run:
         targets = find_targets(source.model, config)
         check_budgets(targets, config)
         refuse_sampling(config)
-        refuse_elastic(config)
         with clock("data"):
             batches, measurements = calibration_of(source.model, targets, config, options.tokenizer)
         request = {
@@ -142,14 +142,16 @@ class Run:
             self.clock.seconds[step] = self.clock.seconds.get(step, 0.0) + seconds
         model, blocks = self.source.model, find_blocks(self.source.model)
         weights, before = StreamedWeights(self.source, blocks), ModelSize.of(model)
-        plan = self._planned(work, weights)
-        size, peers = self.options.max_shard_size, Peers()
-        checkpoint = CompressedCheckpoint(work.checkpoint, model, plan, self.config, size, peers)
+        peers = Peers()
+        elastic = SideFileWriter(work.checkpoint, model, peers.is_main) if self.config.elastic else None
+        plan = work.plan or self._planned(work, weights, elastic, peers)
+        size = self.options.max_shard_size
+        checkpoint = CompressedCheckpoint(work.checkpoint, model, plan, self.config, size, peers, elastic)
         with work.scratch() as scratch, weights:
             spill = Spill(scratch, self.options.activation_memory)
             disk = ToDisk(weights, checkpoint, work, spill, self.clock, self.config.calibration == "anchored")
             job = Job(model, self.targets, plan, self.batches, self.config, self.clock, disk, blocks)
-            job.measurements = self.measurements
+            job.measurements, job.elastic = self.measurements, elastic
             layers, notes = factor(job)
             disk.finish_rest()
         report = report_on(job, layers, notes, before, checkpoint.outline, self.request)
@@ -157,14 +159,17 @@ class Run:
             checkpoint.finish(report, self.options.tokenizer, scratch)
         return report
 
-    def _planned(self, work: Workspace, weights: StreamedWeights) -> RankPlan:
-        """The plan of an earlier run, or a new one, on disk."""
-        plan = work.plan
-        if plan is None:
-            with self.clock("plan"), weights:
-                profiles = self.measurements.profiles(self.targets) if self.measurements else None
-                plan = plan_ranks(self.source.model, self.targets, self.config, weights, profiles)
-            work.keep_plan(plan)
+    def _planned(
+        self, work: Workspace, weights: StreamedWeights, elastic: SideFileWriter | None, peers: Peers
+    ) -> RankPlan:
+        """A new plan, on disk; and before it, with an elastic checkpoint, the profiles that it was made from."""
+        model = self.source.model
+        with self.clock("plan"), weights:
+            profiles = profiles_at_hand(model, self.targets, self.config, self.measurements, weights)
+            plan = plan_ranks(model, self.targets, self.config, weights, profiles)
+        if elastic is not None and profiles is not None:
+            peers.from_main(lambda: elastic.begin(plan, profiles))
+        work.keep_plan(plan)
         return plan
 
 
@@ -260,14 +265,6 @@ def refuse_taken(output: str, request: Mapping[str, Any], overwrite: bool) -> No
         raise CheckpointError(
             f"the output folder {output} is not empty; choose another, or overwrite it"
             + "".join(f"\n  {line}" for line in changed)
-        )
-
-
-def refuse_elastic(config: PGSVDConfig) -> None:
-    """Raise `ConfigError` where the factors of dense layers would have to be kept, too."""
-    if config.elastic:
-        raise ConfigError(
-            "elastic=True cannot be had yet where a checkpoint on disk is compressed; load the model to compress it"
         )
 
 
