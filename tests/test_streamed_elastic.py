@@ -186,6 +186,12 @@ def interrupted(monkeypatch, source, output, place, number, before):
             on_disk(source, output, elastic())
 
 
+def counted(owner, name, note, monkeypatch):
+    """Note the arguments of every call of a function."""
+    function = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: (note(args), function(*args))[1])
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("place", "number"),
@@ -206,9 +212,8 @@ def test_a_run_may_be_interrupted_anywhere(place, number, before, dense, expecte
     output, solved, measured = tmp_path / "mine", [], []
     if (place, before) != ("publish", False):  # by then all is done
         interrupted(monkeypatch, dense, output, place, number, before)
-    factor_layer, measure = factoring.factor_layer, measurements.measure_profiles
-    monkeypatch.setattr(factoring, "factor_layer", lambda *args: (solved.append(args[1].name), factor_layer(*args))[1])
-    monkeypatch.setattr(measurements, "measure_profiles", lambda *args: (measured.append(1), measure(*args))[1])
+    counted(factoring.blocks, "factor_layer", lambda args: solved.append(args[1].name), monkeypatch)
+    counted(measurements, "measure_profiles", measured.append, monkeypatch)
     notes = tmp_path / ".mine.pgsvd" / "progress.jsonl"
     finished = [json.loads(line)["block"] for line in notes.read_text().splitlines()] if notes.exists() else []
     on_disk(dense, output, elastic())

@@ -77,13 +77,13 @@ def damaged(folder):
 
 def dies(folder):
     """The second process is gone in the middle."""
-    from optimum_pgsvd import factoring
+    from optimum_pgsvd.factoring import blocks
 
     def die(*args):
         os._exit(7)
 
     if dist.get_rank() == 1:
-        factoring.factor_layer = die
+        blocks.factor_layer = die
     PGSVDCompressor(config("llama")).compress(FAMILIES["llama"].build())
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextvars
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
-import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
-from ..errors import CalibrationError, PGSVDError
+from ..errors import CalibrationError
 from .anchored import AnchoredRecorder
+from .forward import evaluating, forward, kind
 from .gram import GramRecorder, InputObserver, InputSurvey
 from .padding import PaddingMask, reads_tokens
 
@@ -64,7 +63,7 @@ class Pass(greenlet):
     def _forward(self) -> None:
         batch = self.walk.batches[self.number]
         self.padding.start_batch(batch)
-        _forward(self.walk.model, batch, self.number, self.walk.whole)
+        forward(self.walk.model, batch, self.number, self.walk.whole)
         self.at = None
 
     def proceed(self) -> None:
@@ -370,46 +369,3 @@ def merged(ways: Sequence[Sequence[str]]) -> list[str]:
         order.append(next(ready, ways[0][0]))
         ways = [[block for block in way if block != order[-1]] for way in ways]
     return order
-
-
-def kind(batch: Mapping[str, Any]) -> frozenset[str]:
-    """Which inputs a batch holds."""
-    return frozenset(key for key, value in batch.items() if value is not None)
-
-
-def _forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: bool) -> None:
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    if not whole and "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs.setdefault("logits_to_keep", 1)
-    try:
-        model(**inputs)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, (PGSVDError, torch.OutOfMemoryError)):
-            raise
-        given = ", ".join(f"{key} {tuple(getattr(value, 'shape', ()))}" for key, value in batch.items())
-        raise CalibrationError(
-            f"{type(model).__name__} does not accept calibration batch {number} with the inputs {given}: {error}"
-        ) from error
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, no key-value cache; afterwards everything is as it was.
-
-    A module that takes the place of another meanwhile trains where the module around it does.
-    """
-    training = {name: module.training for name, module in model.named_modules()}
-    configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
-    model.eval()
-    for config in caching:
-        config.use_cache = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for config in caching:
-            config.use_cache = True
-        for name, module in model.named_modules():
-            module.training = training.setdefault(name, training.get(name.rpartition(".")[0], False))

@@ -24,9 +24,9 @@ from ..replace import mark_compressed
 from ..report import CompressionReport
 from ..saving import attach_artifacts
 from ..structures import LowRankFactors, RankPlan
+from .process import without_progress_bars
 from .shards import ShardWriter
 from .side_file import SideFileWriter
-from .source import without_progress_bars
 
 
 class CompressedCheckpoint:

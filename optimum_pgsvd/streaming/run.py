@@ -25,9 +25,10 @@ from ..saving import load_report, remember_commit
 from ..structures import RankPlan
 from ..targets import Targets, find_blocks, find_targets
 from .output import CompressedCheckpoint
+from .process import free_at_once
 from .shared import SharedWorkspace
 from .side_file import SideFileWriter
-from .source import StreamedModel, free_at_once
+from .source import StreamedModel
 from .spill import Spill
 from .weights import StreamedWeights
 from .workspace import Workspace, differences

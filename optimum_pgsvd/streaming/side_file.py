@@ -12,7 +12,7 @@ from ..checkpoint import ELASTIC_NAME
 from ..elastic import Elastic, side_tensors
 from ..structures import LowRankFactors, RankPlan, SVDProfile
 from .shards import flush, lay_out, pieces, put_file
-from .source import read_header
+from .stored import read_header
 
 
 class SideFileWriter(Elastic):
