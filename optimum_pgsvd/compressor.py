@@ -99,14 +99,13 @@ class PGSVDCompressor(OptimumQuantizer):
         targets = find_targets(model, self.config)
         check_request(model, targets, self.config)
         with clock("data"):
-            batches, measurements = calibration_of(model, targets, self.config, tokenizer)
+            calibration = calibration_of(model, targets, self.config, tokenizer)
         with clock("plan"):
-            profiles = profiles_at_hand(model, targets, self.config, measurements)
+            profiles = profiles_at_hand(model, targets, self.config, calibration.measurements)
             plan = plan_ranks(model, targets, self.config, profiles=profiles)
         elastic = Elastic(profiles) if self.config.elastic and profiles else None
-        job = Job(
-            model, targets, plan, batches, self.config, clock, InPlace(), measurements=measurements, elastic=elastic
-        )
+        job = Job(model, targets, plan, calibration.batches, self.config, clock, InPlace())
+        job.measurements, job.elastic = calibration.measurements, elastic
         with undone_on_error(model, targets, undo):
             layers, notes = factor(job)
         mark_compressed(model, self.config)

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from watch import Inputs, plain_forward
 
 from optimum_pgsvd import CalibrationError, NonFiniteError, PGSVDCompressor, PGSVDConfig, factoring
+from optimum_pgsvd.distributed import Peers
 from optimum_pgsvd.factoring import Clock, InPlace, Job, factor, undone_on_error
+from optimum_pgsvd.factoring.measuring import in_step
 from optimum_pgsvd.modeling_pgsvd import LowRankLinear, low_rank_layers
 from optimum_pgsvd.planning import given_ranks
 from optimum_pgsvd.report import LayerReport
@@ -217,6 +219,55 @@ def test_every_layer_of_a_plan_is_replaced_whatever_way_batches_take() -> None:
         model = toy(lambda: PassesBy(Layer(), Layer(), Layer()))
         factor(job_for(model, toy_batches(3, *signs)))
         assert [type(layer.dense) for layer in model.layers] == [LowRankLinear] * 3
+
+
+def test_the_last_block_is_replaced_though_a_batch_passes_it_by_in_anchored_calibration() -> None:
+    """Where other batches pass an inner block by, they are refused; no later block needs what is behind the last."""
+    model = toy(lambda: PassesBy(Layer(), Layer()))
+    layers, _ = factor(job_for(model, toy_batches(3, 1, -1, 1), calibration="anchored"))
+    assert [layer.tokens for layer in layers] == [60, 40]
+    assert [type(layer.dense) for layer in model.layers] == [LowRankLinear] * 2
+
+
+# Several processes
+
+
+class Events:
+    """Notes when weights are loaded and let go."""
+
+    def __init__(self):
+        self.seen: list[tuple[str, str]] = []
+
+    def load(self, name: str) -> None:
+        self.seen.append(("load", name))
+
+    def release(self, name: str) -> None:
+        self.seen.append(("release", name))
+
+
+def test_a_block_that_no_batch_of_this_process_runs_is_loaded_while_it_is_factored() -> None:
+    peers, events = Peers(), Events()
+    peers.size = 2
+    order, here = ["first", "second", "third"], iter([("second", "recorded")])
+    for block, recorded in in_step(here, order, lambda block: f"nothing of {block}", events, peers):
+        events.seen.append((recorded, block))
+    assert events.seen == [
+        ("load", "first"),
+        ("nothing of first", "first"),
+        ("release", "first"),
+        ("recorded", "second"),
+        ("load", "third"),
+        ("nothing of third", "third"),
+        ("release", "third"),
+    ]
+
+
+def test_processes_whose_batches_run_blocks_in_another_order_are_refused() -> None:
+    peers = Peers()
+    peers.size = 2
+    here = iter([("second", None), ("first", None)])
+    with pytest.raises(CalibrationError, match="some batches run first earlier than others do; compress with one"):
+        list(in_step(here, ["first", "second"], lambda block: None, Events(), peers))
 
 
 # What is held

@@ -73,7 +73,7 @@ def factor_block(
             job.elastic.add(layer.name, factors)
         else:
             replace_linear(job.model, layer.name, factors)
-    everywhere = {name: report for part in job.peers.gather(reports) for name, report in part.items()}
+    everywhere = job.peers.merge(reports)
     return [everywhere[layer.name] for layer in layers]
 
 

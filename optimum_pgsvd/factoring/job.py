@@ -38,8 +38,8 @@ class Clock:
             self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
 
 
-class Destination(Protocol):
-    """What becomes of the blocks of a model while it is compressed."""
+class Surroundings(Protocol):
+    """What a walk over the blocks of a model needs besides the model."""
 
     @property
     def weights(self) -> Weights:
@@ -50,16 +50,20 @@ class Destination(Protocol):
         """Whether an earlier run finished a block."""
         ...
 
+    def keep(self, module: nn.Module, args: tuple, outputs: Any) -> Any:
+        """A forward hook on what is not inside a block: may give other tensors with the same values."""
+        ...
+
+
+class Destination(Surroundings, Protocol):
+    """What becomes of the blocks of a model while it is compressed."""
+
     def restore(self, block: str | None) -> list[LayerReport] | None:
         """Put the layers of a block that an earlier run finished in place; `None` where there was none."""
         ...
 
     def finish(self, block: str | None, layers: list[LayerReport]) -> None:
         """Called once the layers of a block, or of all that lies outside the blocks, are replaced."""
-        ...
-
-    def keep(self, module: nn.Module, args: tuple, outputs: Any) -> Any:
-        """A forward hook on what is not inside a block: may give other tensors with the same values."""
         ...
 
 
@@ -86,21 +90,19 @@ class InPlace:
 
 
 @dataclass
-class Job:
-    """What is to be done to a model.
+class Measuring:
+    """What is to be measured of a model.
 
     Args:
-        model: changed in place.
+        model: as the job makes it.
         targets: of `find_targets`.
-        plan: of `plan_ranks`.
-        batches: of `load_calibration_set`; empty for a solver that needs none, and where there are measurements.
-        config: the solver and its settings.
+        plan: names the layers that matter, by a rank.
+        batches: of `calibration_of`; empty for a solver that needs none, and where there are measurements.
+        config: the calibration and the solver that it is for.
         clock: takes the seconds of each step.
         destination: of finished blocks.
         blocks: to walk over; by default those with a layer to factor.
         peers: the processes that do it together.
-        measurements: made before, in the place of batches.
-        elastic: takes the factors of the targets that stay dense.
     """
 
     model: PreTrainedModel
@@ -109,20 +111,17 @@ class Job:
     batches: list[dict[str, Any]]
     config: PGSVDConfig
     clock: Clock
-    destination: Destination
+    destination: Surroundings
     blocks: Sequence[str] = ()
     peers: Peers = field(default_factory=Peers)
-    measurements: Measurements | None = None
-    elastic: Elastic | None = None
 
     def __post_init__(self) -> None:
         self.blocks = self.blocks or [block for block in self.targets.blocks if self.in_block(block)]
 
     @property
     def factored(self) -> list[Target]:
-        """The targets that the plan gives a rank, and for an elastic checkpoint all that factors make smaller."""
-        also = self.elastic is not None
-        return [t for t in self.targets.found if t.name in self.plan.ranks or (also and t.shape.largest_saving_rank)]
+        """The targets that the plan gives a rank."""
+        return [target for target in self.targets.found if target.name in self.plan.ranks]
 
     def in_block(self, block: str | None) -> list[Target]:
         """Those of them that lie in a block, or outside of all."""
@@ -131,6 +130,26 @@ class Job:
     def layers(self, block: str | None) -> dict[str, nn.Module]:
         """Their modules by name."""
         return {target.name: self.model.get_submodule(target.name) for target in self.in_block(block)}
+
+
+@dataclass
+class Job(Measuring):
+    """What is to be done to a model, which is changed in place.
+
+    Args:
+        measurements: made before, in the place of batches.
+        elastic: takes the factors of the targets that stay dense.
+    """
+
+    destination: Destination
+    measurements: Measurements | None = None
+    elastic: Elastic | None = None
+
+    @property
+    def factored(self) -> list[Target]:
+        """The targets that the plan gives a rank, and for an elastic checkpoint all that factors make smaller."""
+        also = self.elastic is not None
+        return [t for t in self.targets.found if t.name in self.plan.ranks or (also and t.shape.largest_saving_rank)]
 
 
 @contextmanager

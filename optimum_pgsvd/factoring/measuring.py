@@ -10,7 +10,7 @@ from ..distributed import Peers
 from ..errors import CalibrationError
 from ..measurements import StoredMoments
 from ..solvers import SOLVERS
-from .job import Clock, Job
+from .job import Clock, Job, Measuring
 from .layer import Recorder, unreached
 
 
@@ -28,7 +28,7 @@ def read(job: Job) -> Iterator[tuple[str | None, Recorder | None]]:
     yield None, recorder_of(None)
 
 
-def measured(job: Job) -> Iterator[tuple[str | None, GramRecorder | None]]:
+def measured(job: Measuring) -> Iterator[tuple[str | None, GramRecorder | None]]:
     """The blocks as the model runs them, and what lies outside of all, each with what the calibration set says."""
     outside = job.layers(None)
     anchored = job.config.calibration == "anchored"
@@ -85,7 +85,7 @@ def in_step(
         )
 
 
-def recorder(job: Job, block: str, walk: BlockWalk, leaders: Mapping[str, str]) -> GramRecorder:
+def recorder(job: Measuring, block: str, walk: BlockWalk, leaders: Mapping[str, str]) -> GramRecorder:
     """What records the moments of a block's layers."""
     layers = job.layers(block)
     if job.config.calibration == "anchored":
@@ -108,7 +108,7 @@ def timed(items: Iterator[Any], clock: Clock, step: str) -> Iterator[Any]:
         item = None
 
 
-def refuse_unseen(survey: InputSurvey, job: Job) -> None:
+def refuse_unseen(survey: InputSurvey, job: Measuring) -> None:
     """Raise `CalibrationError` for a layer to factor that the calibration set never reached."""
     factored = {target.name for target in job.factored}
     if unseen := [name for name in survey.unseen if name in factored]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,10 +17,28 @@ from ..measurements import Measurements, measurements_of
 from ..targets import Targets
 
 
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What a request is calibrated on: batches, or measurements made before, or neither.
+
+    Args:
+        batches: of `load_calibration_set`.
+        measurements: of `measurements_of`.
+    """
+
+    batches: list[dict[str, Any]]
+    measurements: Measurements | None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells these batches from others."""
+        return calibration_fingerprint(self.batches)
+
+
 def calibration_of(
     model: PreTrainedModel, targets: Targets, config: PGSVDConfig, tokenizer: Any = None
-) -> tuple[list[dict[str, Any]], Measurements | None]:
-    """What a request is to be calibrated on: batches, or measurements made before, or neither.
+) -> Calibration:
+    """What a request is to be calibrated on.
 
     Raises:
         CalibrationError: see `load_calibration_set` and `Measurements`.
@@ -27,22 +46,22 @@ def calibration_of(
     """
     measurements = measurements_of(targets, config) if config.needs_dataset else None
     needs_batches = config.needs_dataset and measurements is None
-    batches = load_calibration_set(model, config, tokenizer) if needs_batches else []
-    check_shares(batches, config)
-    return batches, measurements
+    calibration = Calibration(load_calibration_set(model, config, tokenizer) if needs_batches else [], measurements)
+    check_shares(calibration, config)
+    return calibration
 
 
-def check_shares(batches: Sequence[Mapping[str, Any]], config: PGSVDConfig) -> None:
+def check_shares(calibration: Calibration, config: PGSVDConfig) -> None:
     """Find in every process what keeps several of them from working together.
 
     Raises:
         CalibrationError: there are fewer batches than processes.
         DistributedError: they have another request or another calibration set.
     """
-    peers = Peers()
+    peers, batches = Peers(), calibration.batches
     if peers.size > 1:
         peers.refuse_different("config", config.to_dict())
-        peers.refuse_different("calibration set", calibration_fingerprint(batches))
+        peers.refuse_different("calibration set", calibration.fingerprint)
         if batches and len(batches) < peers.size:
             raise CalibrationError(
                 f"{len(batches)} calibration batches cannot be shared among {peers.size} processes; lower batch_size "

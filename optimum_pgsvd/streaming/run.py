@@ -12,12 +12,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 from transformers.utils import logging
 
-from ..calibration import calibration_fingerprint
 from ..config import PGSVDConfig
 from ..distributed import Peers
 from ..errors import CalibrationError, CheckpointError, ConfigError
-from ..factoring import Clock, Job, calibration_of, factor, report_on
-from ..measurements import Measurements, profiles_at_hand
+from ..factoring import Calibration, Clock, Job, calibration_of, factor, report_on
+from ..measurements import profiles_at_hand
 from ..planning import check_budgets, plan_ranks
 from ..replace import replace_linear
 from ..report import REPORT_NAME, CompressionReport, LayerReport, ModelSize, environment
@@ -26,7 +25,6 @@ from ..structures import RankPlan
 from ..targets import Targets, find_blocks, find_targets
 from .output import CompressedCheckpoint
 from .process import free_at_once
-from .shared import SharedWorkspace
 from .side_file import SideFileWriter
 from .source import StreamedModel
 from .spill import Spill
@@ -66,7 +64,7 @@ def compress_checkpoint(
     """
     run = Run.of(source, config, Options(tokenizer or config.tokenizer, **options))
     peers = Peers()
-    with SharedWorkspace(output, peers) as work:
+    with Workspace(output, peers) as work:
         if run.options.resume and (report := peers.from_main(lambda: finished_report(work.output, run.request))):
             logging.get_logger(__name__).info("%s is finished already", work.output)
             return report
@@ -86,8 +84,7 @@ class Run:
         config: the request.
         options: how to go about it.
         targets: of `find_targets`.
-        batches: of `calibration_of`.
-        measurements: of `calibration_of`.
+        calibration: of `calibration_of`.
         request: what decides on the bytes of the output, as JSON gives it back.
         clock: takes the seconds of each step.
     """
@@ -96,8 +93,7 @@ class Run:
     config: PGSVDConfig
     options: Options
     targets: Targets
-    batches: list[dict[str, Any]]
-    measurements: Measurements | None
+    calibration: Calibration
     request: Mapping[str, Any]
     clock: Clock
 
@@ -116,19 +112,19 @@ class Run:
         check_budgets(targets, config)
         refuse_sampling(config)
         with clock("data"):
-            batches, measurements = calibration_of(source.model, targets, config, options.tokenizer)
+            calibration = calibration_of(source.model, targets, config, options.tokenizer)
         request = {
             "config": config.to_dict(),
             "model": source.fingerprint(),
             "dtype": str(source.model.dtype),
-            "calibration": calibration_fingerprint(batches),
-            "measurements": measurements and measurements.request,
+            "calibration": calibration.fingerprint,
+            "measurements": calibration.measurements and calibration.measurements.request,
             "max_shard_size": options.max_shard_size,
             "environment": environment(),
         }
         # tuples become lists and so on, so that it can be compared with what is on disk
         request = json.loads(json.dumps(request))
-        return cls(source, config, options, targets, batches, measurements, request, clock)
+        return cls(source, config, options, targets, calibration, request, clock)
 
     def carry_out(self, work: Workspace) -> CompressionReport:
         """Plan, factor and write, from where an earlier run stopped.
@@ -151,8 +147,8 @@ class Run:
         with work.scratch() as scratch, weights:
             spill = Spill(scratch, self.options.activation_memory)
             disk = ToDisk(weights, checkpoint, work, spill, self.clock, self.config.calibration == "anchored")
-            job = Job(model, self.targets, plan, self.batches, self.config, self.clock, disk, blocks)
-            job.measurements, job.elastic = self.measurements, elastic
+            job = Job(model, self.targets, plan, self.calibration.batches, self.config, self.clock, disk, blocks)
+            job.measurements, job.elastic = self.calibration.measurements, elastic
             layers, notes = factor(job)
             disk.finish_rest()
         report = report_on(job, layers, notes, before, checkpoint.outline, self.request)
@@ -166,7 +162,7 @@ class Run:
         """A new plan, on disk; and before it, with an elastic checkpoint, the profiles that it was made from."""
         model = self.source.model
         with self.clock("plan"), weights:
-            profiles = profiles_at_hand(model, self.targets, self.config, self.measurements, weights)
+            profiles = profiles_at_hand(model, self.targets, self.config, self.calibration.measurements, weights)
             plan = plan_ranks(model, self.targets, self.config, weights, profiles)
         if elastic is not None and profiles is not None:
             peers.from_main(lambda: elastic.begin(plan, profiles))
