@@ -16,8 +16,8 @@ from .config import PGSVDConfig
 from .elastic import Elastic
 from .errors import ConfigError
 from .factoring import Clock, InPlace, Job, calibration_of, factor, refuse_absent_weights, report_on, undone_on_error
-from .measurements import Measurements, is_measurements
-from .planning import check_request, measure_profiles, plan_ranks
+from .measurements import Measurements, measurements_of, profiles_at_hand
+from .planning import check_request, plan_ranks
 from .replace import mark_compressed
 from .report import CompressionReport, ModelSize
 from .saving import attach_artifacts
@@ -99,14 +99,13 @@ class PGSVDCompressor(OptimumQuantizer):
         targets = find_targets(model, self.config)
         check_request(model, targets, self.config)
         with clock("data"):
-            batches, measurements = calibration_of(model, targets, self.config, tokenizer)
+            calibration = calibration_of(model, targets, self.config, tokenizer)
         with clock("plan"):
-            profiles = measurements.profiles(targets) if measurements else None
-            elastic = Elastic(profiles or measure_profiles(model, targets)) if self.config.elastic else None
-            plan = plan_ranks(model, targets, self.config, profiles=elastic.profiles if elastic else profiles)
-        job = Job(
-            model, targets, plan, batches, self.config, clock, InPlace(), measurements=measurements, elastic=elastic
-        )
+            profiles = profiles_at_hand(model, targets, self.config, calibration.measurements)
+            plan = plan_ranks(model, targets, self.config, profiles=profiles)
+        elastic = Elastic(profiles) if self.config.elastic and profiles else None
+        job = Job(model, targets, plan, calibration.batches, self.config, clock, InPlace())
+        job.measurements, job.elastic = calibration.measurements, elastic
         with undone_on_error(model, targets, undo):
             layers, notes = factor(job)
         mark_compressed(model, self.config)
@@ -270,10 +269,7 @@ def model_class(name: str | os.PathLike, **options: Any) -> Any:
 def planned(model: PreTrainedModel, config: PGSVDConfig, weights: Weights | None = None) -> CompressionReport:
     """The plan for a model, from measurements where the config names them, else from its weights."""
     targets = find_targets(model, config)
-    profiles = None
-    if is_measurements(config.dataset):
-        measurements = Measurements(config.dataset)
-        measurements.check(targets, config)
-        profiles = measurements.profiles(targets)
+    measurements = measurements_of(targets, config)
+    profiles = measurements.profiles(targets) if measurements else None
     plan = plan_ranks(model, targets, config, weights, profiles)
     return CompressionReport.of_plan(plan, targets, model, config.to_dict())

@@ -63,6 +63,10 @@ class Peers:
             dist.all_gather_object(found, value)
         return found
 
+    def merge(self, part: Mapping[str, T]) -> dict[str, T]:
+        """The parts of all processes as one mapping."""
+        return {name: value for each in self.gather(part) for name, value in each.items()}
+
     def from_main(self, make: Callable[[], T]) -> T:
         """What the main process makes, in all of them; an error there is raised in all."""
         if self.size == 1:

@@ -137,7 +137,7 @@ def measure_profiles(model: nn.Module, targets: Targets, weights: Weights | None
                 with resident(weights, block):
                     profiles |= {target.name: profile_of(model, target) for target in found}
             progress.update(len(found))
-    gathered = {name: profile for part in peers.gather(profiles) for name, profile in part.items()}
+    gathered = peers.merge(profiles)
     return {name: gathered[name] for name in targets.names}
 
 

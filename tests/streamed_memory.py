@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_pgsvd import PGSVDCompressor, PGSVDConfig
-from optimum_pgsvd.streaming.source import give_memory_back
+from optimum_pgsvd.streaming.process import give_memory_back
 
 
 HIDDEN, TOKENS = 1024, 128

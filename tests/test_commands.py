@@ -169,10 +169,12 @@ def test_optimum_s_interface_compresses_and_saves(dense, texts, tmp_path):
         PGSVDCompressor(config).quantize(tmp_path / "other")
 
 
-def test_an_elastic_checkpoint_is_cut_by_compressing_it(dense, tmp_path):
+@pytest.mark.parametrize("way", ["--stream", "--no-stream"])
+def test_an_elastic_checkpoint_is_cut_by_compressing_it(way, dense, tmp_path):
     out, smaller, direct = (tmp_path / name for name in ("out", "smaller", "direct"))
     budget = ["--parameter-reduction", 0.4]
-    run("compress", "--model", dense, "--solver", "svd", "--parameter-reduction", 0.05, "--elastic", "--output", out)
+    start = ["--solver", "svd", "--parameter-reduction", 0.05, "--elastic", way]
+    run("compress", "--model", dense, *start, "--output", out)
     inspected = run("inspect", out).stdout
     assert "elastic: " in inspected
     assert f"{sum(read_contents(out).dtypes.values()):,} parameters in the files" in inspected

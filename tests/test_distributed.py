@@ -13,6 +13,7 @@ from torch import nn
 from work_together import NAMES
 
 from optimum_pgsvd import PGSVDCompressor, PGSVDConfig
+from optimum_pgsvd.checkpoint import ELASTIC_NAME
 from optimum_pgsvd.distributed import Peers
 from optimum_pgsvd.errors import UnsupportedModelError
 
@@ -89,6 +90,22 @@ def test_a_checkpoint_on_disk(alone, together, calibration):
             alone / f"{calibration}-alone" / file, folder / f"{calibration}-together" / file, shallow=False
         )
     assert not list(folder.glob(".*.pgsvd"))
+
+
+def test_an_elastic_checkpoint_on_disk(alone, together):
+    from safetensors.torch import load_file
+
+    folder, _ = together
+    names = sorted(path.name for path in (alone / "elastic-alone").iterdir())
+    assert ELASTIC_NAME in names
+    assert sorted(path.name for path in (folder / "elastic-together").iterdir()) == names
+    expected, found = (load_file(f / ELASTIC_NAME) for f in (alone / "elastic-alone", folder / "elastic-together"))
+    factors = [name for name in expected if name.endswith("left.weight")]
+    assert len(factors) > 2
+    assert all(expected[name].abs().max() > 0 for name in factors)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_measurements(alone, together):

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from watch import Inputs, plain_forward
 
 from optimum_pgsvd import CalibrationError, NonFiniteError, PGSVDCompressor, PGSVDConfig, factoring
+from optimum_pgsvd.distributed import Peers
 from optimum_pgsvd.factoring import Clock, InPlace, Job, factor, undone_on_error
+from optimum_pgsvd.factoring.measuring import in_step
 from optimum_pgsvd.modeling_pgsvd import LowRankLinear, low_rank_layers
 from optimum_pgsvd.planning import given_ranks
 from optimum_pgsvd.report import LayerReport
@@ -132,10 +134,10 @@ def test_a_solver_that_fails(error: BaseException, name: str, number: int, calib
     config = config_for(batches, calibration=calibration)
     targets = find_targets(model, config).found
     assert sum(target.block is not None for target in targets) == (14 if name == "llama" else 24)
-    monkeypatch.setattr(factoring, "solve", counted(factoring.solve, number, error))
+    monkeypatch.setattr(factoring.layer, "solve", counted(factoring.layer.solve, number, error))
     before = []
-    replace_linear = factoring.replace_linear
-    monkeypatch.setattr(factoring, "replace_linear", lambda *args: before.append(1) or replace_linear(*args))
+    replace_linear = factoring.blocks.replace_linear
+    monkeypatch.setattr(factoring.blocks, "replace_linear", lambda *args: before.append(1) or replace_linear(*args))
 
     def fail() -> None:
         with pytest.raises(type(error)):
@@ -147,7 +149,7 @@ def test_a_solver_that_fails(error: BaseException, name: str, number: int, calib
 
 def test_a_solver_without_data_that_fails(monkeypatch) -> None:
     model = built("llama")
-    monkeypatch.setattr(factoring, "solve", counted(factoring.solve, 9, RuntimeError("stop")))
+    monkeypatch.setattr(factoring.layer, "solve", counted(factoring.layer.solve, 9, RuntimeError("stop")))
 
     def fail() -> None:
         with pytest.raises(RuntimeError, match="^stop$"):
@@ -161,7 +163,7 @@ def test_what_takes_two_attempts(monkeypatch) -> None:
     models = [built("llama"), built("llama")]
     config = config_for(FAMILIES["llama"].batches(2))
     with monkeypatch.context() as patch:
-        patch.setattr(factoring, "solve", counted(factoring.solve, 9, RuntimeError("stop")))
+        patch.setattr(factoring.layer, "solve", counted(factoring.layer.solve, 9, RuntimeError("stop")))
         with pytest.raises(RuntimeError, match="^stop$"):
             PGSVDCompressor(config).compress(models[0])
     for model in models:
@@ -219,6 +221,55 @@ def test_every_layer_of_a_plan_is_replaced_whatever_way_batches_take() -> None:
         assert [type(layer.dense) for layer in model.layers] == [LowRankLinear] * 3
 
 
+def test_the_last_block_is_replaced_though_a_batch_passes_it_by_in_anchored_calibration() -> None:
+    """Where other batches pass an inner block by, they are refused; no later block needs what is behind the last."""
+    model = toy(lambda: PassesBy(Layer(), Layer()))
+    layers, _ = factor(job_for(model, toy_batches(3, 1, -1, 1), calibration="anchored"))
+    assert [layer.tokens for layer in layers] == [60, 40]
+    assert [type(layer.dense) for layer in model.layers] == [LowRankLinear] * 2
+
+
+# Several processes
+
+
+class Events:
+    """Notes when weights are loaded and let go."""
+
+    def __init__(self):
+        self.seen: list[tuple[str, str]] = []
+
+    def load(self, name: str) -> None:
+        self.seen.append(("load", name))
+
+    def release(self, name: str) -> None:
+        self.seen.append(("release", name))
+
+
+def test_a_block_that_no_batch_of_this_process_runs_is_loaded_while_it_is_factored() -> None:
+    peers, events = Peers(), Events()
+    peers.size = 2
+    order, here = ["first", "second", "third"], iter([("second", "recorded")])
+    for block, recorded in in_step(here, order, lambda block: f"nothing of {block}", events, peers):
+        events.seen.append((recorded, block))
+    assert events.seen == [
+        ("load", "first"),
+        ("nothing of first", "first"),
+        ("release", "first"),
+        ("recorded", "second"),
+        ("load", "third"),
+        ("nothing of third", "third"),
+        ("release", "third"),
+    ]
+
+
+def test_processes_whose_batches_run_blocks_in_another_order_are_refused() -> None:
+    peers = Peers()
+    peers.size = 2
+    here = iter([("second", None), ("first", None)])
+    with pytest.raises(CalibrationError, match="some batches run first earlier than others do; compress with one"):
+        list(in_step(here, ["first", "second"], lambda block: None, Events(), peers))
+
+
 # What is held
 
 
@@ -233,7 +284,7 @@ def alive(layers: dict[str, weakref.ref]) -> set[str]:
 def observed(model: PreTrainedModel, config: PGSVDConfig, undo: bool, monkeypatch) -> list[tuple[str, set[str], int]]:
     """Whenever a block is about to be measured: the dense layers and the number of recorders that are still held."""
     layers, recorders, seen = dense_layers(model, config), [], []
-    recorder = factoring.recorder
+    recorder = factoring.measuring.recorder
 
     def observe(job: Job, block: str, *args: Any) -> Any:
         seen.append((block, alive(layers), sum(reference() is not None for reference in recorders)))
@@ -241,7 +292,7 @@ def observed(model: PreTrainedModel, config: PGSVDConfig, undo: bool, monkeypatc
         recorders.append(weakref.ref(result))
         return result
 
-    monkeypatch.setattr(factoring, "recorder", observe)
+    monkeypatch.setattr(factoring.measuring, "recorder", observe)
     PGSVDCompressor(config).compress(model, undo=undo)
     assert alive(layers) == set(layers) - set(low_rank_layers(model))
     assert not any(reference() is not None for reference in recorders)
@@ -274,7 +325,7 @@ def test_without_undo_an_error_leaves_what_was_done(monkeypatch) -> None:
     model, batches = built("llama"), FAMILIES["llama"].batches(2)
     config, error = config_for(batches), RuntimeError("stop")
     layers = dense_layers(model, config)
-    monkeypatch.setattr(factoring, "solve", counted(factoring.solve, 9, error))
+    monkeypatch.setattr(factoring.layer, "solve", counted(factoring.layer.solve, 9, error))
     with pytest.raises(RuntimeError, match="^stop$"):
         PGSVDCompressor(config).compress(model, undo=False)
     error.__traceback__ = None  # it holds the last block's recorder
@@ -286,9 +337,9 @@ def test_without_undo_an_error_leaves_what_was_done(monkeypatch) -> None:
 def test_one_layer_is_dense_and_factored_at_a_time(monkeypatch) -> None:
     """Each is replaced before the next is solved."""
     model, batches, seen = built("llama"), FAMILIES["llama"].batches(2), []
-    factor_layer = factoring.factor_layer
+    factor_layer = factoring.blocks.factor_layer
     monkeypatch.setattr(
-        factoring, "factor_layer", lambda *args: seen.append(len(low_rank_layers(model))) or factor_layer(*args)
+        factoring.blocks, "factor_layer", lambda *args: seen.append(len(low_rank_layers(model))) or factor_layer(*args)
     )
     PGSVDCompressor(config_for(batches)).compress(model)
     assert seen == list(range(14))
@@ -370,7 +421,7 @@ def test_factors_by_outputs_are_those_by_inputs(name: str, monkeypatch) -> None:
     for by_outputs in (True, False):
         model, batches = FAMILIES[name].build(), FAMILIES[name].batches(6)
         if not by_outputs:
-            monkeypatch.setattr(factoring, "measured_by_outputs", lambda *_: set())
+            monkeypatch.setattr(factoring.measuring, "measured_by_outputs", lambda *_: set())
         reports.append(PGSVDCompressor(config_for(batches, ranks={"*": 5})).compress(model))
         models.append(model)
     differ = 0
@@ -384,7 +435,7 @@ def test_factors_by_outputs_are_those_by_inputs(name: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("solver", "calibration"), [("als", "parallel"), ("eigh", "anchored"), ("als", "anchored")])
 def test_who_needs_the_inputs_gets_them(solver: str, calibration: str, monkeypatch) -> None:
-    monkeypatch.setattr(factoring, "measured_by_outputs", lambda *_: pytest.fail("outputs do not do here"))
+    monkeypatch.setattr(factoring.measuring, "measured_by_outputs", lambda *_: pytest.fail("outputs do not do here"))
     model, batches = FAMILIES["llama"].build(), FAMILIES["llama"].batches(2)
     PGSVDCompressor(config_for(batches, solver=solver, calibration=calibration)).compress(model)
 
@@ -393,7 +444,7 @@ def test_later_blocks_are_measured_on_the_dense_model_or_on_the_compressed_one(m
     """The Gram matrix that a layer of the second block is factored by."""
     name = "model.layers.1.self_attn.q_proj"
     dense, batches = FAMILIES["llama"].build(), FAMILIES["llama"].batches(2)
-    expected, found, solve = {}, {}, factoring.solve
+    expected, found, solve = {}, {}, factoring.layer.solve
     for calibration in CALIBRATIONS:
         model, order = FAMILIES["llama"].build(), iter(find_targets(dense, PGSVDConfig(tolerance=0.5)).names)
 
@@ -402,7 +453,7 @@ def test_later_blocks_are_measured_on_the_dense_model_or_on_the_compressed_one(m
                 found[calibration] = moments.gram.clone()
             return solve(goal, moments, *rest)
 
-        monkeypatch.setattr(factoring, "solve", keep_gram)
+        monkeypatch.setattr(factoring.layer, "solve", keep_gram)
         PGSVDCompressor(config_for(batches, ranks={"layers": 3}, calibration=calibration)).compress(model)
         source = dense if calibration == "parallel" else model
         with Inputs(source, [name]) as inputs:
@@ -455,9 +506,9 @@ def test_what_a_destination_is_told(fields: dict[str, str], monkeypatch) -> None
     model = toy(lambda: Toy(Layer(), Layer(), Layer()))
     job = job_for(model, toy_batches(2), **fields)
     job.destination = Recording(model, {"layers.1": [EARLIER]})
-    recorder, recorded = factoring.recorder, []
+    recorder, recorded = factoring.measuring.recorder, []
     observe = lambda job, block, *rest: recorded.append(block) or recorder(job, block, *rest)  # noqa: E731
-    monkeypatch.setattr(factoring, "recorder", observe)
+    monkeypatch.setattr(factoring.measuring, "recorder", observe)
     layers, _ = factor(job)
     assert recorded == ([] if "solver" in fields else ["layers.0", "layers.2"])
     kept = [event for event in job.destination.events if event[0] == "keep"]

@@ -431,6 +431,20 @@ def test_adapter_is_pushed_alone(hub, model, tmp_path):
         assert torch.equal(logits_from(name), logits_of(adapted))
 
 
+@pytest.mark.parametrize("way", ["--stream", "--no-stream"])
+def test_command_line_pushes_an_elastic_checkpoint_as_it_was_written(way, hub, tmp_path, tokenizer):
+    push_dense(tokenizer)
+    cli = ("-m", "optimum.commands.optimum_cli", "pgsvd", "compress", "--model", "alice/dense", way, "--elastic")
+    compress = ("--parameter-reduction", "0.05", "--solver", "svd", "--output", str(tmp_path / "out"))
+    done = hub.run(*cli, *compress, "--push-to-hub", "alice/big", home=tmp_path / "home", token="hf_alice")
+    assert done.returncode == 0, done.stderr
+    assert "ordinary checkpoint" not in done.stderr
+    pushed = hub.files("alice/big")
+    assert pushed.keys() == {*BESIDE_WEIGHTS, "model.safetensors", ELASTIC_NAME}
+    for name in ("model.safetensors", "config.json", "pgsvd_report.json", ELASTIC_NAME):
+        assert pushed[name] == (tmp_path / "out" / name).read_bytes(), name
+
+
 def test_elastic_model_is_pushed_with_its_side_file_and_cut_from_the_hub(hub, tokenizer):
     model = FAMILIES["llama"].build()
     PGSVDCompressor(PGSVDConfig(parameter_reduction=0.05, solver="svd", elastic=True)).compress(model, tokenizer)

@@ -12,7 +12,7 @@ from watch import Watch
 
 from optimum_pgsvd import Measurements, PGSVDCompressor, PGSVDConfig
 from optimum_pgsvd.errors import CalibrationError, CheckpointError, ConfigError
-from optimum_pgsvd.streaming import measure, source
+from optimum_pgsvd.streaming import measure, source, stored
 from optimum_pgsvd.targets import find_blocks
 
 
@@ -106,7 +106,7 @@ def test_no_block_runs(checkpoints, stats, tmp_path):
 
 def test_planning_reads_no_weight(checkpoints, stats, monkeypatch):
     expected = PGSVDCompressor(config()).plan(FAMILIES["llama"].build())
-    monkeypatch.setattr(source.StoredTensor, "__getitem__", None)
+    monkeypatch.setattr(stored.StoredTensor, "__getitem__", None)
     monkeypatch.setattr(source.StreamedModel, "load_outside", lambda *args: None)
     found = PGSVDCompressor(config(dataset=stats())).plan_checkpoint(checkpoints("llama"))
     assert [layer.rank for layer in found.layers] == [layer.rank for layer in expected.layers]

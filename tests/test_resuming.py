@@ -60,7 +60,7 @@ def config(calibration="parallel", **settings):
 def done(monkeypatch):
     """Counts the layers that are factored and the plans that are measured."""
     counts = Counter()
-    solve, plan = factoring.solve, run.plan_ranks
+    solve, plan = factoring.layer.solve, run.plan_ranks
 
     def counted_solve(*args):
         counts["layers"] += 1
@@ -70,7 +70,7 @@ def done(monkeypatch):
         counts["plans"] += 1
         return plan(*args)
 
-    monkeypatch.setattr(factoring, "solve", counted_solve)
+    monkeypatch.setattr(factoring.layer, "solve", counted_solve)
     monkeypatch.setattr(run, "plan_ranks", counted_plan)
     return counts
 

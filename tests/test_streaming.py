@@ -256,7 +256,7 @@ def parts_in_memory(weights):
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
 @pytest.mark.parametrize("name", ["llama", "t5", "clip"])
 def test_one_block_at_a_time(name, calibration, saved, tmp_path, monkeypatch):
-    load, factor_block, loaded = StreamedWeights.load, factoring.factor_block, []
+    load, factor_block, loaded = StreamedWeights.load, factoring.blocks.factor_block, []
 
     def checked_load(self, block):
         load(self, block)
@@ -268,7 +268,7 @@ def test_one_block_at_a_time(name, calibration, saved, tmp_path, monkeypatch):
         return factor_block(job, block, *args)
 
     monkeypatch.setattr(StreamedWeights, "load", checked_load)
-    monkeypatch.setattr(factoring, "factor_block", checked_factor)
+    monkeypatch.setattr(factoring.blocks, "factor_block", checked_factor)
     on_disk(saved(name), tmp_path / "mine", request(FAMILIES[name], calibration=calibration))
     blocks = find_blocks(FAMILIES[name].build())
     assert sorted(loaded) == sorted(blocks * 3)  # for the plan, the survey, and the factors

@@ -21,7 +21,10 @@ from transformers.core_model_loading import WeightRenaming
 from optimum_pgsvd.errors import CheckpointError, UnsupportedModelError
 from optimum_pgsvd.modeling_pgsvd import LowRankLinear
 from optimum_pgsvd.streaming import source as module
-from optimum_pgsvd.streaming.source import READAHEAD_BYTES, SAMPLE_BYTES, SAMPLES, StreamedModel, match_keys
+from optimum_pgsvd.streaming import stored
+from optimum_pgsvd.streaming.meta_model import match_keys
+from optimum_pgsvd.streaming.source import StreamedModel
+from optimum_pgsvd.streaming.stored import READAHEAD_BYTES, SAMPLE_BYTES, SAMPLES
 from optimum_pgsvd.targets import find_blocks
 
 
@@ -575,7 +578,7 @@ def test_prefetch_asks_for_the_bytes_of_a_part(part, tmp_path, monkeypatch):
         asked.append((os.path.realpath(f"/proc/self/fd/{fd}"), start, length))
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
-    monkeypatch.setattr(module, "READAHEAD_BYTES", 1000)
+    monkeypatch.setattr(stored, "READAHEAD_BYTES", 1000)
     streamed.prefetch(part)
     wait_for_reading()
     with streamed.resident(part):
@@ -600,7 +603,7 @@ def test_prefetch_of_every_kind_does_no_harm(tmp_path, monkeypatch):
     monkeypatch.undo()
     for path in streamed.files:
         os.remove(path)
-    module.read_ahead(streamed._stored.values())
+    stored.read_ahead(streamed._stored.values())
 
 
 # The fingerprint
@@ -647,7 +650,7 @@ def test_fingerprint_samples_large_files_from_end_to_end(tmp_path):
     with open(path, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(size)
-    first = module.file_fingerprint(str(path))
+    first = stored.file_fingerprint(str(path))
     assert first["size"] == size
     gap = (size - SAMPLE_BYTES) / (SAMPLES - 1)
     for at, noticed in (
@@ -660,10 +663,10 @@ def test_fingerprint_samples_large_files_from_end_to_end(tmp_path):
             file.seek(at)
             file.write(b"\1")
             file.flush()
-            assert (module.file_fingerprint(str(path))["sample"] != first["sample"]) == noticed
+            assert (stored.file_fingerprint(str(path))["sample"] != first["sample"]) == noticed
             file.seek(at)
             file.write(b"\0")
-    assert module.file_fingerprint(str(path)) == first
+    assert stored.file_fingerprint(str(path)) == first
 
 
 # Errors

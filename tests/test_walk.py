@@ -409,6 +409,25 @@ def test_recorders_hold_no_activations() -> None:
             assert not any(reference() is not None for reference in inputs)
 
 
+def test_recorders_are_let_go_before_the_next_block_runs() -> None:
+    model, batches = FAMILIES["llama"].build(), FAMILIES["llama"].batches(2)
+    for measure in (BlockWalk.measure, BlockWalk.measure_anchored):
+        with surveyed(model, batches) as walk:
+            made: list[weakref.ref] = []
+
+            def recorder_of(block: str) -> GramRecorder:
+                assert [reference() for reference in made] == [None] * len(made)  # noqa: B023
+                recorder = AnchoredRecorder(linears(model, f"{block}."), walk.rows, None, 0.5)  # noqa: B023
+                made.append(weakref.ref(recorder))  # noqa: B023
+                return recorder
+
+            blocks = []
+            for block, recorder in measure(walk, recorder_of):
+                blocks.append(block)
+                del recorder
+            assert blocks == ["model.layers.0", "model.layers.1"]
+
+
 # The model is left as it was
 
 DROPOUTS = {

@@ -165,8 +165,8 @@ def test_the_plan_stays_whatever_else_goes_wrong(output):
 
 def test_scratch_is_emptied_before_and_after(output):
     leave(output)
-    (beside(output) / "scratch").mkdir()
-    (beside(output) / "scratch" / "left by a kill").touch()
+    (beside(output) / "scratch-0").mkdir()
+    (beside(output) / "scratch-0" / "left by a kill").touch()
     with Workspace(output) as work:
         work.begin(REQUEST)
         with work.scratch() as scratch:

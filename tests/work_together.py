@@ -42,6 +42,8 @@ def from_disk(folder):
     for calibration in ("parallel", "anchored"):
         output = os.path.join(folder, f"{calibration}-{many}")
         PGSVDCompressor(config("t5", calibration=calibration)).compress_checkpoint(os.path.join(folder, "t5"), output)
+    elastic = PGSVDCompressor(config("t5", parameter_reduction=0.02, elastic=True))
+    elastic.compress_checkpoint(os.path.join(folder, "t5"), os.path.join(folder, f"elastic-{many}"))
     stats = os.path.join(folder, f"stats-{many}")
     PGSVDCompressor(config("t5")).measure_checkpoint(os.path.join(folder, "t5"), stats)
 
@@ -75,13 +77,13 @@ def damaged(folder):
 
 def dies(folder):
     """The second process is gone in the middle."""
-    from optimum_pgsvd import factoring
+    from optimum_pgsvd.factoring import blocks
 
     def die(*args):
         os._exit(7)
 
     if dist.get_rank() == 1:
-        factoring.factor_layer = die
+        blocks.factor_layer = die
     PGSVDCompressor(config("llama")).compress(FAMILIES["llama"].build())
 
 

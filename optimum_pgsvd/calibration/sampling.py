@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..errors import CalibrationError
-from .walk import evaluating
+from .forward import evaluating
 
 
 @torch.no_grad()

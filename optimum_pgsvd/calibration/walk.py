@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextvars
-import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
-import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
-from ..errors import CalibrationError, PGSVDError
+from ..errors import CalibrationError
 from .anchored import AnchoredRecorder
+from .forward import evaluating, forward, kind
 from .gram import GramRecorder, InputObserver, InputSurvey
 from .padding import PaddingMask, reads_tokens
 
@@ -64,7 +63,7 @@ class Pass(greenlet):
     def _forward(self) -> None:
         batch = self.walk.batches[self.number]
         self.padding.start_batch(batch)
-        _forward(self.walk.model, batch, self.number, self.walk.whole)
+        forward(self.walk.model, batch, self.number, self.walk.whole)
         self.at = None
 
     def proceed(self) -> None:
@@ -208,33 +207,15 @@ class BlockWalk(AbstractContextManager):
             CalibrationError: a batch takes another way through the model than the first of its kind did.
             NonFiniteError: an activation holds NaN or infinity.
         """
-        with outside or ExitStack():
-            yield from self._measure([Pass(self, number) for number in self.numbers], recorder_of)
+        passes = [Pass(self, number) for number in self.numbers]
 
-    def _measure(
-        self, passes: list[Pass], recorder_of: Callable[[str], GramRecorder | None]
-    ) -> Iterator[tuple[str, GramRecorder | None]]:
-        recorders: dict[str, GramRecorder | None] = {}
-        passed: set[str] = set()
-        self._start(passes)
-        while waiting := [one for one in passes if one]:
-            block = self._next(waiting)
-            _refuse_again(block, passed)
-            self.weights.load(block)
-            if block not in recorders:
-                recorders[block] = recorder_of(block)
-            with recorders[block] or ExitStack():
-                for one in waiting:
-                    while one and one.at == block:
-                        one.proceed()
-            if self._is_passed(block, passes):
-                passed.add(block)
-                yield block, recorders.pop(block)
-            self.weights.release(block)
-        for block in list(recorders):  # a batch passed it by that was expected to run it
-            self.weights.load(block)
-            yield block, recorders.pop(block)
-            self.weights.release(block)
+        def run(block: str, one: Pass, recorder: GramRecorder | None) -> None:
+            with recorder or ExitStack():
+                while one and one.at == block:
+                    one.proceed()
+
+        with outside or ExitStack():
+            yield from self._through_blocks(passes, recorder_of, run)
 
     def measure_anchored(
         self, recorder_of: Callable[[str], AnchoredRecorder | None], outside: InputObserver | None = None
@@ -248,12 +229,41 @@ class BlockWalk(AbstractContextManager):
         self._refuse_repeated()
         dense, compressed = ([Pass(self, number) for number in self.numbers] for _ in range(2))
         twins = dict(zip(self.numbers, compressed, strict=True))
-        with outside or ExitStack():
-            self._start(dense)
+
+        def run(block: str, one: Pass, recorder: AnchoredRecorder | None) -> None:
+            self._pair(block, one, twins[one.number], recorder, outside)
+
         self._start(compressed)
-        recorders: dict[str, AnchoredRecorder | None] = {}
+        for block, recorder in self._through_blocks(dense, recorder_of, run, outside):
+            yield block, recorder
+            recorder = None  # not held while the next block is measured
+            for one in compressed:
+                if one and one.at == block:
+                    one.proceed()
+
+    def _through_blocks(
+        self,
+        passes: list[Pass],
+        recorder_of: Callable[[str], Any],
+        run: Callable[[str, Pass, Any], None],
+        at_start: InputObserver | None = None,
+    ) -> Iterator[tuple[str, Any]]:
+        """Send all passes through each block, and hand it out with its recorder, in memory, once none will come back.
+
+        Passes are started here, where they are sent on, too: an error of PyTorch walks up the C stack, past where its
+        greenlet begins, and may not find other calls there than those that started it.
+
+        Args:
+            passes: not started yet.
+            recorder_of: called before a block runs for the first time.
+            run: sends a pass through the block that it stands before, given the block's recorder.
+            at_start: sees the layers before the first block.
+        """
+        with at_start or ExitStack():
+            self._start(passes)
+        recorders: dict[str, Any] = {}
         passed: set[str] = set()
-        while waiting := [one for one in dense if one]:
+        while waiting := [one for one in passes if one]:
             block = self._next(waiting)
             _refuse_again(block, passed)
             self.weights.load(block)
@@ -261,13 +271,14 @@ class BlockWalk(AbstractContextManager):
                 recorders[block] = recorder_of(block)
             for one in waiting:
                 if one.at == block:
-                    self._pair(block, one, twins[one.number], recorders[block], outside)
-            if self._is_passed(block, dense):
+                    run(block, one, recorders[block])
+            if self._is_passed(block, passes):
                 passed.add(block)
                 yield block, recorders.pop(block)
-                for one in compressed:
-                    if one and one.at == block:
-                        one.proceed()
+            self.weights.release(block)
+        for block in list(recorders):  # a batch passed it by that was expected to run it
+            self.weights.load(block)
+            yield block, recorders.pop(block)
             self.weights.release(block)
 
     def _pair(
@@ -370,46 +381,3 @@ def merged(ways: Sequence[Sequence[str]]) -> list[str]:
         order.append(next(ready, ways[0][0]))
         ways = [[block for block in way if block != order[-1]] for way in ways]
     return order
-
-
-def kind(batch: Mapping[str, Any]) -> frozenset[str]:
-    """Which inputs a batch holds."""
-    return frozenset(key for key, value in batch.items() if value is not None)
-
-
-def _forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: bool) -> None:
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    if not whole and "logits_to_keep" in inspect.signature(model.forward).parameters:
-        inputs.setdefault("logits_to_keep", 1)
-    try:
-        model(**inputs)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, (PGSVDError, torch.OutOfMemoryError)):
-            raise
-        given = ", ".join(f"{key} {tuple(getattr(value, 'shape', ()))}" for key, value in batch.items())
-        raise CalibrationError(
-            f"{type(model).__name__} does not accept calibration batch {number} with the inputs {given}: {error}"
-        ) from error
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, no key-value cache; afterwards everything is as it was.
-
-    A module that takes the place of another meanwhile trains where the module around it does.
-    """
-    training = {name: module.training for name, module in model.named_modules()}
-    configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
-    model.eval()
-    for config in caching:
-        config.use_cache = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for config in caching:
-            config.use_cache = True
-        for name, module in model.named_modules():
-            module.training = training.setdefault(name, training.get(name.rpartition(".")[0], False))

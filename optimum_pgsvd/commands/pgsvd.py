@@ -168,21 +168,21 @@ class CompressCommand(_Command):
 
     def work(self, args: Any) -> None:
         """Compress, save, and push if asked to."""
-        from ..hub import destination
+        from ..hub import destination, upload
+        from ..saving import written_when
 
         config = config_of(args)
-        if args.push_to_hub:
-            destination(args.push_to_hub, private=args.private or None)
+        to = destination(args.push_to_hub, private=args.private or None) if args.push_to_hub else None
         is_main = joined_peers().is_main
         if wants_stream(args):
             self.streamed(args, config, is_main)
-            model: Any = load_compressed(args.output) if args.push_to_hub and is_main else None
+            model: Any = load_compressed(args.output) if to is not None and is_main else None
         else:
             model = self.in_memory(args, config, is_main)
         if is_main:
             print(f"saved in {args.output}")
-        if args.push_to_hub and is_main:
-            model.push_to_hub(args.push_to_hub, private=args.private or None, max_shard_size=args.max_shard_size)
+        if to is not None and is_main:
+            upload(model, args.output, written_when(args.output), to)
             print(f"pushed to {args.push_to_hub}")
         leave_peers()
 

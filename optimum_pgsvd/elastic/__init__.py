@@ -9,7 +9,7 @@ are stored. The side file `pgsvd_elastic.safetensors` holds, by the names of the
 """
 
 from .cutting import Cut, check_cut, plan_cut
-from .record import Elastic, settle_elastic, write_elastic
+from .record import Elastic, settle_elastic, side_tensors, write_elastic
 from .side_file import SideFile, find_side_file
 
 
@@ -21,5 +21,6 @@ __all__ = [
     "find_side_file",
     "plan_cut",
     "settle_elastic",
+    "side_tensors",
     "write_elastic",
 ]

@@ -50,16 +50,31 @@ class Elastic:
         modules = dict(model.named_modules())
         return all(name in modules and same_rows(rows, modules[name]) for name, rows in self.samples.items())
 
-    def tensors(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """The side file of a model's checkpoint."""
-        names = checkpoint_names(model, self.profiles)
-        tensors = {f"{names[name]}.values": profile.values for name, profile in self.profiles.items()}
-        for name, factors in self.factors.items():
-            tensors |= {f"{names[name]}.left.weight": factors.left, f"{names[name]}.right.weight": factors.right}
-            bias: Any = model.get_submodule(name).bias
-            if bias is not None:
-                tensors[f"{names[name]}.left.bias"] = bias.detach()
-        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    def write(self, model: PreTrainedModel, path: str) -> None:
+        """Write the side file of a model's checkpoint."""
+        tensors = side_tensors(model, self.profiles, self.factors)
+        held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(held, path, metadata={"format": "pt"})
+
+
+def side_tensors(
+    model: nn.Module, profiles: Mapping[str, SVDProfile], factors: Mapping[str, LowRankFactors]
+) -> dict[str, Tensor]:
+    """What a side file holds of some targets, by its names in the file.
+
+    Args:
+        model: with the dense ones among them in place.
+        profiles: by module name.
+        factors: of dense ones, by module name.
+    """
+    names = checkpoint_names(model, [*profiles, *factors])
+    tensors = {f"{names[name]}.values": profile.values for name, profile in profiles.items()}
+    for name, pair in factors.items():
+        tensors |= {f"{names[name]}.left.weight": pair.left, f"{names[name]}.right.weight": pair.right}
+        bias: Any = model.get_submodule(name).bias
+        if bias is not None:
+            tensors[f"{names[name]}.left.bias"] = bias.detach()
+    return tensors
 
 
 def first_rows(layer: Any) -> list[Tensor]:
@@ -93,6 +108,6 @@ def write_elastic(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     """Write the side file of an elastic model, and leave none beside any other."""
     path = os.path.join(folder, ELASTIC_NAME)
     if model.config.quantization_config.elastic:
-        save_file(model.pgsvd_elastic.tensors(model), path, metadata={"format": "pt"})
+        model.pgsvd_elastic.write(model, path)
     elif os.path.exists(path):
         os.remove(path)

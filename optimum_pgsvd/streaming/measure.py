@@ -11,14 +11,12 @@ from torch import nn
 from ..calibration import GramRecorder
 from ..distributed import Peers
 from ..errors import ConfigError
-from ..factoring import Clock, Job, check_reached, measured
+from ..factoring import Clock, Measuring, check_reached, measured
 from ..measurements import INDEX, Measurements, write_block, write_index
 from ..planning import profile_of
-from ..report import LayerReport
 from ..structures import LayerPlan, RankPlan
 from ..targets import Targets, find_blocks
 from .run import Options, Run, refuse_taken
-from .shared import SharedWorkspace
 from .source import StreamedModel
 from .spill import Spill
 from .weights import StreamedWeights
@@ -26,12 +24,15 @@ from .workspace import Workspace, differences
 
 
 # Fields of a config that have no effect on what is measured.
-PLANNING = ("parameter_reduction", "tolerance", "ranks", "groups", "allocation", "rank_multiple", "num_iterations")
+PLANNING = (
+    "parameter_reduction", "tolerance", "ranks", "groups", "allocation", "rank_multiple", "num_iterations", "elastic",
+    "self_contained",
+)  # fmt: skip
 
 
 @dataclass
 class ToMeasurements:
-    """The destination of blocks that are measured, and not changed.
+    """What surrounds blocks that are measured, and not changed.
 
     Args:
         weights: of the model, a block at a time.
@@ -46,13 +47,6 @@ class ToMeasurements:
     def is_finished(self, block: str | None) -> bool:
         """Whether this run or an earlier one measured a block."""
         return block in self.work.finished
-
-    def restore(self, block: str | None) -> list[LayerReport] | None:
-        """The dense layers are in place."""
-        return self.work.finished.get(block)
-
-    def finish(self, block: str | None, layers: list[LayerReport]) -> None:
-        """Nothing is replaced."""
 
     def keep(self, module: nn.Module, args: tuple, outputs: Any) -> Any:
         """A forward hook: outputs, in files where memory is used up."""
@@ -81,7 +75,7 @@ def measure_checkpoint(
     run = Run.of(source, config, Options(tokenizer or config.tokenizer, **options))
     request = {**run.request, "config": {k: v for k, v in run.request["config"].items() if k not in PLANNING}}
     peers = Peers()
-    with SharedWorkspace(output, peers) as work:
+    with Workspace(output, peers) as work:
         if run.options.resume and peers.from_main(lambda: is_finished(work.output, request)):
             return Measurements(work.output)
         peers.from_main(lambda: refuse_taken(work.output, request, run.options.overwrite))
@@ -100,7 +94,7 @@ def carry_out(run: Run, work: Workspace) -> None:
     clock = Clock()
     with work.scratch() as scratch, weights:
         destination = ToMeasurements(weights, work, Spill(scratch, run.options.activation_memory))
-        job = Job(model, run.targets, plan, run.batches, run.config, clock, destination, blocks)
+        job = Measuring(model, run.targets, plan, run.calibration.batches, run.config, clock, destination, blocks)
         for block, recorder in measured(job):
             weights.release_large()  # no forward pass is under way
             if not destination.is_finished(block) and recorder is not None:
@@ -108,14 +102,17 @@ def carry_out(run: Run, work: Workspace) -> None:
                 work.keep_block(block, [], clock.seconds)
 
 
-def measure_block(job: Job, block: str | None, recorder: GramRecorder, path: str) -> None:
-    """Write what is known of a block's layers."""
-    if job.peers.size > 1:
-        recorder.sum_over(job.peers)
-    check_reached(recorder, [target.name for target in job.in_block(block)])
-    profiles = {target.name: profile_of(job.model, target) for target in job.in_block(block)}
-    if profiles and job.peers.is_main:
-        write_block(path, recorder, profiles)
+def measure_block(job: Measuring, block: str | None, recorder: GramRecorder, path: str) -> None:
+    """Write what is known of a block's layers; the profile of each is measured by one of the processes."""
+    peers, found = job.peers, job.in_block(block)
+    if peers.size > 1:
+        recorder.sum_over(peers)
+    check_reached(recorder, [target.name for target in found])
+    owners = peers.share_out({target.name: target.shape.solving_cost for target in found})
+    mine = {t.name: profile_of(job.model, t) for t in found if owners[t.name] == peers.rank}
+    profiles = peers.merge(mine)
+    if profiles and peers.is_main:
+        write_block(path, recorder, {target.name: profiles[target.name] for target in found})
 
 
 def file_name(block: str | None) -> str:

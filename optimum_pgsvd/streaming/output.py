@@ -24,8 +24,9 @@ from ..replace import mark_compressed
 from ..report import CompressionReport
 from ..saving import attach_artifacts
 from ..structures import LowRankFactors, RankPlan
+from .process import without_progress_bars
 from .shards import ShardWriter
-from .source import without_progress_bars
+from .side_file import SideFileWriter
 
 
 class CompressedCheckpoint:
@@ -38,6 +39,7 @@ class CompressedCheckpoint:
         config: the request.
         max_shard_size: of a weights file, in bytes or as in `"5GB"`.
         peers: the processes that compress it together, of which the main one writes.
+        elastic: its side file, of a checkpoint that can be cut.
 
     Attributes:
         outline: the compressed model on the meta device.
@@ -51,8 +53,9 @@ class CompressedCheckpoint:
         config: PGSVDConfig,
         max_shard_size: int | str,
         peers: Peers,
+        elastic: SideFileWriter | None = None,
     ):
-        self.folder, self.peers = folder, peers
+        self.folder, self.peers, self.elastic = folder, peers, elastic
         self.outline = outline(model, plan, config)
         state = with_tripwires(self.outline, self.outline.state_dict())
         for name in self.outline._keys_to_ignore_on_save or ():
@@ -82,6 +85,8 @@ class CompressedCheckpoint:
         for name, value in revert_weight_conversion(self.outline, state).items():
             self._writer.write(name, value)
         self._writer.sync()
+        if self.elastic is not None:
+            self.elastic.sync()
 
     def read_factors(self, names: Sequence[str]) -> dict[str, LowRankFactors]:
         """The factors of layers that an earlier run wrote."""
@@ -104,7 +109,7 @@ class CompressedCheckpoint:
         if not self.peers.is_main:
             return
         self._writer.write_index(self.outline.num_parameters())
-        attach_artifacts(self.outline, report, tokenizer)
+        attach_artifacts(self.outline, report, tokenizer, self.elastic)
         # save_pretrained writes everything, given that there are no weights; it would remove those that are there
         quantizer: Any = self.outline.hf_quantizer
         quantizer.get_state_dict_and_metadata = MethodType(lambda quantizer, model: ({}, {}), quantizer)

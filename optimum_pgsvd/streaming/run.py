@@ -12,12 +12,11 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 from transformers.utils import logging
 
-from ..calibration import calibration_fingerprint
 from ..config import PGSVDConfig
 from ..distributed import Peers
 from ..errors import CalibrationError, CheckpointError, ConfigError
-from ..factoring import Clock, Job, calibration_of, factor, report_on
-from ..measurements import Measurements
+from ..factoring import Calibration, Clock, Job, calibration_of, factor, report_on
+from ..measurements import profiles_at_hand
 from ..planning import check_budgets, plan_ranks
 from ..replace import replace_linear
 from ..report import REPORT_NAME, CompressionReport, LayerReport, ModelSize, environment
@@ -25,8 +24,9 @@ from ..saving import load_report, remember_commit
 from ..structures import RankPlan
 from ..targets import Targets, find_blocks, find_targets
 from .output import CompressedCheckpoint
-from .shared import SharedWorkspace
-from .source import StreamedModel, free_at_once
+from .process import free_at_once
+from .side_file import SideFileWriter
+from .source import StreamedModel
 from .spill import Spill
 from .weights import StreamedWeights
 from .workspace import Workspace, differences
@@ -64,7 +64,7 @@ def compress_checkpoint(
     """
     run = Run.of(source, config, Options(tokenizer or config.tokenizer, **options))
     peers = Peers()
-    with SharedWorkspace(output, peers) as work:
+    with Workspace(output, peers) as work:
         if run.options.resume and (report := peers.from_main(lambda: finished_report(work.output, run.request))):
             logging.get_logger(__name__).info("%s is finished already", work.output)
             return report
@@ -84,8 +84,7 @@ class Run:
         config: the request.
         options: how to go about it.
         targets: of `find_targets`.
-        batches: of `calibration_of`.
-        measurements: of `calibration_of`.
+        calibration: of `calibration_of`.
         request: what decides on the bytes of the output, as JSON gives it back.
         clock: takes the seconds of each step.
     """
@@ -94,8 +93,7 @@ class Run:
     config: PGSVDConfig
     options: Options
     targets: Targets
-    batches: list[dict[str, Any]]
-    measurements: Measurements | None
+    calibration: Calibration
     request: Mapping[str, Any]
     clock: Clock
 
@@ -113,21 +111,20 @@ class Run:
         targets = find_targets(source.model, config)
         check_budgets(targets, config)
         refuse_sampling(config)
-        refuse_elastic(config)
         with clock("data"):
-            batches, measurements = calibration_of(source.model, targets, config, options.tokenizer)
+            calibration = calibration_of(source.model, targets, config, options.tokenizer)
         request = {
             "config": config.to_dict(),
             "model": source.fingerprint(),
             "dtype": str(source.model.dtype),
-            "calibration": calibration_fingerprint(batches),
-            "measurements": measurements and measurements.request,
+            "calibration": calibration.fingerprint,
+            "measurements": calibration.measurements and calibration.measurements.request,
             "max_shard_size": options.max_shard_size,
             "environment": environment(),
         }
         # tuples become lists and so on, so that it can be compared with what is on disk
         request = json.loads(json.dumps(request))
-        return cls(source, config, options, targets, batches, measurements, request, clock)
+        return cls(source, config, options, targets, calibration, request, clock)
 
     def carry_out(self, work: Workspace) -> CompressionReport:
         """Plan, factor and write, from where an earlier run stopped.
@@ -142,14 +139,16 @@ class Run:
             self.clock.seconds[step] = self.clock.seconds.get(step, 0.0) + seconds
         model, blocks = self.source.model, find_blocks(self.source.model)
         weights, before = StreamedWeights(self.source, blocks), ModelSize.of(model)
-        plan = self._planned(work, weights)
-        size, peers = self.options.max_shard_size, Peers()
-        checkpoint = CompressedCheckpoint(work.checkpoint, model, plan, self.config, size, peers)
+        peers = Peers()
+        elastic = SideFileWriter(work.checkpoint, model, peers.is_main) if self.config.elastic else None
+        plan = work.plan or self._planned(work, weights, elastic, peers)
+        size = self.options.max_shard_size
+        checkpoint = CompressedCheckpoint(work.checkpoint, model, plan, self.config, size, peers, elastic)
         with work.scratch() as scratch, weights:
             spill = Spill(scratch, self.options.activation_memory)
             disk = ToDisk(weights, checkpoint, work, spill, self.clock, self.config.calibration == "anchored")
-            job = Job(model, self.targets, plan, self.batches, self.config, self.clock, disk, blocks)
-            job.measurements = self.measurements
+            job = Job(model, self.targets, plan, self.calibration.batches, self.config, self.clock, disk, blocks)
+            job.measurements, job.elastic = self.calibration.measurements, elastic
             layers, notes = factor(job)
             disk.finish_rest()
         report = report_on(job, layers, notes, before, checkpoint.outline, self.request)
@@ -157,14 +156,17 @@ class Run:
             checkpoint.finish(report, self.options.tokenizer, scratch)
         return report
 
-    def _planned(self, work: Workspace, weights: StreamedWeights) -> RankPlan:
-        """The plan of an earlier run, or a new one, on disk."""
-        plan = work.plan
-        if plan is None:
-            with self.clock("plan"), weights:
-                profiles = self.measurements.profiles(self.targets) if self.measurements else None
-                plan = plan_ranks(self.source.model, self.targets, self.config, weights, profiles)
-            work.keep_plan(plan)
+    def _planned(
+        self, work: Workspace, weights: StreamedWeights, elastic: SideFileWriter | None, peers: Peers
+    ) -> RankPlan:
+        """A new plan, on disk; and before it, with an elastic checkpoint, the profiles that it was made from."""
+        model = self.source.model
+        with self.clock("plan"), weights:
+            profiles = profiles_at_hand(model, self.targets, self.config, self.calibration.measurements, weights)
+            plan = plan_ranks(model, self.targets, self.config, weights, profiles)
+        if elastic is not None and profiles is not None:
+            peers.from_main(lambda: elastic.begin(plan, profiles))
+        work.keep_plan(plan)
         return plan
 
 
@@ -260,14 +262,6 @@ def refuse_taken(output: str, request: Mapping[str, Any], overwrite: bool) -> No
         raise CheckpointError(
             f"the output folder {output} is not empty; choose another, or overwrite it"
             + "".join(f"\n  {line}" for line in changed)
-        )
-
-
-def refuse_elastic(config: PGSVDConfig) -> None:
-    """Raise `ConfigError` where the factors of dense layers would have to be kept, too."""
-    if config.elastic:
-        raise ConfigError(
-            "elastic=True cannot be had yet where a checkpoint on disk is compressed; load the model to compress it"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .source import give_memory_back
+from .process import give_memory_back
 
 
 # Smaller tensors are left in memory: a file's pages are 4 KiB, and there are few of them.

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from ..checkpoint import FolderLock
+from ..distributed import Peers
 from ..errors import CheckpointError, PGSVDError
 from ..report import LayerReport
 from ..structures import LayerPlan, LinearShape, RankPlan
@@ -23,8 +24,12 @@ class Workspace(AbstractContextManager):
     the same request takes up what it left. While it is entered, no other process works on the output. Left after an
     error, it keeps what was dear to make: the plan and all blocks; but no lone plan of a request that cannot be met.
 
+    Of several processes, the main one alone touches the folder, but for the scratch folders, of which each has one.
+    All of them must call everything, in the same order; an error in the main process is raised in all.
+
     Args:
-        output: the folder that the checkpoint will have.
+        output: the folder that the checkpoint will have, on a disk that all processes share.
+        peers: the processes that compress one checkpoint together.
 
     Attributes:
         folder: the workspace.
@@ -36,7 +41,8 @@ class Workspace(AbstractContextManager):
         CheckpointError: another process is at work on the same output.
     """
 
-    def __init__(self, output: str | os.PathLike):
+    def __init__(self, output: str | os.PathLike, peers: Peers | None = None):
+        self.peers = peers or Peers()
         self.output = os.path.abspath(output)
         parent, name = os.path.split(self.output)
         self.folder = os.path.join(parent, f".{name}.pgsvd")
@@ -47,11 +53,18 @@ class Workspace(AbstractContextManager):
         self._lock: FolderLock
 
     def __enter__(self) -> Workspace:
-        self._lock = FolderLock(self.folder)
-        self._settle()
+        self.peers.from_main(self._open)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self.peers.is_main:
+            self._close(error)
+
+    def _open(self) -> None:
+        self._lock = FolderLock(self.folder)
+        self._settle()
+
+    def _close(self, error: BaseException | None) -> None:
         self._settle()
         if self._is_begun and not self.finished and isinstance(error, PGSVDError):
             self._clear()
@@ -69,24 +82,30 @@ class Workspace(AbstractContextManager):
         Raises:
             CheckpointError: the interrupted run had another request.
         """
+        self.finished, self.seconds = self.peers.from_main(lambda: self._begin(request, resume))
+        self._is_begun = True
+
+    def _begin(
+        self, request: Mapping[str, Any], resume: bool
+    ) -> tuple[dict[str | None, list[LayerReport]], dict[str, float]]:
         if resume and self._holds_work():
             refuse_other(self.folder, read_json(self._path("request.json")), request)
-            self._read_progress()
-        else:
-            self._clear()
-            os.mkdir(self.checkpoint)
-            write_json(self._path("request.json"), request)
-        self._is_begun = True
+            return read_progress(self._path("progress.jsonl"))
+        self._clear()
+        os.mkdir(self.checkpoint)
+        write_json(self._path("request.json"), request)
+        return {}, {}
 
     @property
     def plan(self) -> RankPlan | None:
         """The plan of the interrupted run, if it came that far."""
         path = self._path("plan.json")
-        return plan_from(read_json(path)) if os.path.exists(path) else None
+        return self.peers.from_main(lambda: plan_from(read_json(path)) if os.path.exists(path) else None)
 
     def keep_plan(self, plan: RankPlan) -> None:
         """Put the plan on disk."""
-        write_json(self._path("plan.json"), {name: asdict(layer) for name, layer in plan.layers.items()})
+        layers = {name: asdict(layer) for name, layer in plan.layers.items()}
+        self.peers.from_main(lambda: write_json(self._path("plan.json"), layers))
 
     def keep_block(self, block: str | None, layers: Iterable[LayerReport], seconds: Mapping[str, float]) -> None:
         """Note that a block is finished; its tensors must be on disk already.
@@ -96,19 +115,15 @@ class Workspace(AbstractContextManager):
             layers: the reports of its layers.
             seconds: by step, since the run was first started.
         """
-        layers = list(layers)
-        entry = {"block": block, "layers": [asdict(layer) for layer in layers], "seconds": dict(seconds)}
-        path = self._path("progress.jsonl")
-        drop_torn_line(path)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            flush(file)
-        self.finished[block] = layers
+        self.finished[block] = list(layers)
+        if self.peers.is_main:
+            reports = [asdict(layer) for layer in self.finished[block]]
+            append_line(self._path("progress.jsonl"), {"block": block, "layers": reports, "seconds": dict(seconds)})
 
     @contextmanager
-    def scratch(self, name: str = "scratch") -> Iterator[str]:
-        """A folder for what need not outlive the process."""
-        path = self._path(name)
+    def scratch(self) -> Iterator[str]:
+        """A folder of this process for what need not outlive it."""
+        path = self._path(f"scratch-{self.peers.rank}")
         shutil.rmtree(path, ignore_errors=True)
         os.mkdir(path)
         try:
@@ -118,6 +133,10 @@ class Workspace(AbstractContextManager):
 
     def publish(self) -> None:
         """Give the finished checkpoint its name, in the place of what had it."""
+        self.peers.gather(None)  # no process reads or writes in the folder any more
+        self.peers.from_main(self._publish)
+
+    def _publish(self) -> None:
         if os.path.isdir(self.output):
             os.rename(self.output, self._path("replaced"))
         os.rename(self.checkpoint, self.output)
@@ -141,11 +160,15 @@ class Workspace(AbstractContextManager):
             elif entry.path != self._lock.path:
                 os.remove(entry.path)
 
-    def _read_progress(self) -> None:
-        for line in whole_lines(self._path("progress.jsonl")):
-            entry = json.loads(line)
-            self.finished[entry["block"]] = [LayerReport.from_dict(layer) for layer in entry["layers"]]
-            self.seconds = entry["seconds"]
+
+def read_progress(path: str) -> tuple[dict[str | None, list[LayerReport]], dict[str, float]]:
+    """The layers of every block that was finished, and what all of them took in seconds, by step."""
+    finished, seconds = {}, {}
+    for line in whole_lines(path):
+        entry = json.loads(line)
+        finished[entry["block"]] = [LayerReport.from_dict(layer) for layer in entry["layers"]]
+        seconds = entry["seconds"]
+    return finished, seconds
 
 
 def plan_from(layers: Mapping[str, Any]) -> RankPlan:
@@ -202,6 +225,14 @@ def whole_lines(path: str) -> list[str]:
         return []
     with open(path, encoding="utf-8") as file:
         return file.read().split("\n")[:-1]
+
+
+def append_line(path: str, value: Any) -> None:
+    """Add a JSON value to a file as a line of its own, on disk for good when this returns."""
+    drop_torn_line(path)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+        flush(file)
 
 
 def drop_torn_line(path: str) -> None:

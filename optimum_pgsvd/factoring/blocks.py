@@ -1,0 +1,149 @@
+"""Block by block: every planned layer is solved and replaced; what came of it is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..card import base_model
+from ..logs import warn
+from ..planning import dense_weight
+from ..replace import replace_linear
+from ..report import CompressionReport, LayerReport, ModelSize, environment, peak_memory, planned_layers
+from ..structures import LowRankFactors
+from .job import Job
+from .layer import Recorder, factor_layer, rank_to_solve
+from .measuring import measured, read
+
+
+def factor(job: Job) -> tuple[list[LayerReport], list[str]]:
+    """Factor and replace every layer that the plan gives a rank.
+
+    With calibration batches, block by block: the moments of one block, its factors, then the next. Layers outside the
+    blocks are measured all the while, and replaced last.
+
+    Returns:
+        A report for every layer of the plan, in its order, and notes.
+
+    Raises:
+        CalibrationError: the calibration set leaves a layer without a token, or does not fit the model.
+        NonFiniteError: an activation holds NaN or infinity.
+    """
+    reports = {layer.name: layer for layer in planned_layers(job.plan)}
+    total, passed = len(job.blocks) + bool(job.in_block(None)), 0
+    with logging.tqdm(total=total, desc="Factoring", unit="block", disable=None) as progress:
+        for block, recorder in measured(job) if job.batches else read(job):
+            done = job.destination.restore(block)
+            if done is None:
+                with job.clock("factors"):
+                    done = factor_block(job, block, recorder, reports)
+                with job.clock("writing"):
+                    job.destination.finish(block, done)
+            reports |= {layer.name: layer for layer in done}
+            recorder = None  # not held while the next block is measured
+            if block is not None or done:
+                passed += 1
+                progress.update()
+                progress.set_postfix_str(pace(job, reports, passed / total))
+        progress.update(total - passed)  # blocks that the calibration set does not run
+    return list(reports.values()), notes_on_coverage(job, reports)
+
+
+def factor_block(
+    job: Job, block: str | None, recorder: Recorder | None, planned: Mapping[str, LayerReport]
+) -> list[LayerReport]:
+    """Factor and replace the layers of a block, each factored by one of the processes."""
+    layers = [planned[target.name] for target in job.in_block(block)]
+    if recorder is not None and job.peers.size > 1:
+        recorder.sum_over(job.peers)
+    owners = job.peers.share_out({t.name: t.shape.solving_cost for t in job.in_block(block)})
+    mine = [layer for layer in layers if owners[layer.name] == job.peers.rank]
+    reports, solved = {}, {}
+    for layer in mine if job.peers.size > 1 else ():
+        reports[layer.name], solved[layer.name] = factor_layer(job.model, layer, recorder, job.config)
+    for layer in layers:
+        if job.peers.size == 1:  # only one layer's factors exist beside the dense weights
+            reports[layer.name], solved[layer.name] = factor_layer(job.model, layer, recorder, job.config)
+        factors = exchanged(job, layer, solved.pop(layer.name, None), owners[layer.name])
+        if layer.rank is None:
+            assert job.elastic is not None
+            job.elastic.add(layer.name, factors)
+        else:
+            replace_linear(job.model, layer.name, factors)
+    everywhere = job.peers.merge(reports)
+    return [everywhere[layer.name] for layer in layers]
+
+
+def exchanged(job: Job, layer: LayerReport, factors: LowRankFactors | None, owner: int) -> LowRankFactors:
+    """The factors of a layer, from the process that has them."""
+    if job.peers.size == 1:
+        assert factors is not None
+        return factors
+    weight, (m, n), rank = dense_weight(job.model, layer.name), layer.shape, rank_to_solve(layer)
+    like = (weight.new_empty(m, rank), weight.new_empty(rank, n))
+    held = None if factors is None else (factors.left, factors.right)
+    return LowRankFactors(*job.peers.broadcast(held, like, owner))
+
+
+def pace(job: Job, reports: Mapping[str, LayerReport], part: float) -> str:
+    """How fast the calibration set goes through the model, of which a part is done, and the memory it has taken."""
+    tokens, seconds = max(layer.tokens for layer in reports.values()), job.clock.seconds.get("grams")
+    speed = f"{tokens * part / seconds:,.0f} tokens/s, " if seconds else ""
+    return f"{speed}peak {peak_memory() / 2**30:.2f} GiB"
+
+
+def notes_on_coverage(job: Job, reports: Mapping[str, LayerReport]) -> list[str]:
+    """A note, also given as a warning, where the calibration set is thin."""
+    thin = [target for target in job.factored if reports[target.name].tokens < target.shape.in_features]
+    if not thin or not job.config.needs_dataset:
+        return []
+    note = (
+        f"{len(thin)} layers saw fewer calibration tokens than they have input features "
+        f"({min(reports[target.name].tokens for target in thin)} tokens, "
+        f"{max(target.shape.in_features for target in thin)} features): their factors fit only what they saw; raise "
+        "num_samples or sequence_length, or give more data"
+    )
+    warn(note)
+    return [note]
+
+
+def report_on(
+    job: Job,
+    layers: Sequence[LayerReport],
+    notes: Sequence[str],
+    before: ModelSize,
+    compressed: PreTrainedModel,
+    request: Mapping[str, Any] | None = None,
+) -> CompressionReport:
+    """The report of a job that is done.
+
+    Args:
+        job: of which.
+        layers: of `factor`.
+        notes: of `factor`.
+        before: size of the dense model.
+        compressed: what came of it.
+        request: fingerprints, where a checkpoint on disk was compressed.
+    """
+    tokens = max((layer.tokens for layer in layers), default=0)
+    asked = {"ranks": job.config.ranks, "format_version": None}
+    resources: dict[str, float] = {"peak_memory_bytes": peak_memory()}
+    if "grams" in job.clock.seconds:
+        resources["tokens_per_second"] = tokens / job.clock.seconds["grams"]
+    return CompressionReport(
+        tuple(layers),
+        job.targets.skipped,
+        before,
+        ModelSize.of(compressed),
+        compressed.config.quantization_config.to_dict() | asked,
+        job.clock.seconds,
+        {"batches": len(job.batches), "tokens": tokens},
+        tuple(notes),
+        environment(),
+        base_model(compressed),
+        resources,
+        request or {},
+    )

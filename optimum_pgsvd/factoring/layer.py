@@ -1,0 +1,78 @@
+"""One layer: its factors, from what was measured of it, and how good they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from ..calibration import GramRecorder
+from ..config import PGSVDConfig
+from ..errors import CalibrationError
+from ..linalg import relative_activation_error, relative_output_error, relative_weight_error
+from ..measurements import StoredMoments
+from ..planning import dense_weight
+from ..report import LayerReport
+from ..solvers import SOLVERS, eigh_of_outputs
+from ..structures import LinearShape, LowRankFactors, Moments
+
+
+Recorder = GramRecorder | StoredMoments
+
+
+def factor_layer(
+    model: nn.Module, layer: LayerReport, recorder: Recorder | None, config: PGSVDConfig
+) -> tuple[LayerReport, LowRankFactors]:
+    """Factor one layer; errors are those of the factors as stored, after rounding to the model's dtype."""
+    start = time.perf_counter()
+    weight = dense_weight(model, layer.name)
+    if recorder is not None:
+        check_reached(recorder, [layer.name])
+    moments = recorder.moments(layer.name) if recorder else None
+    goal = recorder.goal(layer.name, weight) if recorder else weight
+    factors = solve(goal, moments, rank_to_solve(layer), config).to(weight.dtype)
+    if layer.rank is not None:
+        layer = replace(
+            layer,
+            weight_error=relative_weight_error(weight, factors.left, factors.right),
+            activation_error=None if moments is None else activation_error(goal, factors, moments),
+        )
+    tokens = recorder.tokens[layer.name] if recorder else 0
+    return replace(layer, tokens=tokens, seconds=time.perf_counter() - start), factors
+
+
+def rank_to_solve(layer: LayerReport) -> int:
+    """The rank of a layer's factors; of one that stays dense, the largest that saves parameters."""
+    return layer.rank or LinearShape(*layer.shape).largest_saving_rank
+
+
+def solve(goal: Tensor, moments: Moments | None, rank: int, config: PGSVDConfig) -> LowRankFactors:
+    """The factors of one layer, by the config's solver."""
+    if moments is not None and moments.outputs is not None:
+        return eigh_of_outputs(goal, moments.outputs, moments.energies, rank)
+    gram = None if moments is None else moments.gram
+    return SOLVERS[config.solver](goal, gram, rank, config.num_iterations)  # type: ignore[arg-type]
+
+
+def activation_error(goal: Tensor, factors: LowRankFactors, moments: Moments) -> float:
+    """The relative error of a layer's outputs, by whatever was measured of it."""
+    if moments.gram is not None:
+        return relative_activation_error(goal, factors.left, factors.right, moments.gram)
+    assert moments.outputs is not None
+    return relative_output_error(goal, factors.left, factors.right, moments.outputs, moments.energies)
+
+
+def check_reached(recorder: Recorder, names: Sequence[str]) -> None:
+    """Raise `CalibrationError` for a layer that no token of the calibration set reached."""
+    if unseen := [name for name in names if recorder.tokens[name] == 0]:
+        raise unreached(unseen)
+
+
+def unreached(names: Sequence[str]) -> CalibrationError:
+    """The error for layers that the calibration set never reached."""
+    return CalibrationError(
+        f"the calibration set never reached {len(names)} layers, {', '.join(names[:3])} among them: give inputs "
+        "that use them (images for a vision tower, say), or list them in modules_to_not_convert"
+    )
