@@ -28,7 +28,7 @@ from .config import PGSVDConfig
 from .distributed import Peers
 from .elastic import Elastic
 from .errors import CalibrationError, UnsupportedModelError
-from .linalg import relative_activation_error, relative_output_error, relative_weight_error
+from .linalg import relative_weight_error
 from .logs import warn
 from .measurements import Measurements, StoredMoments, is_measurements
 from .modeling_pgsvd import set_submodule
@@ -36,7 +36,8 @@ from .planning import dense_weight
 from .replace import replace_linear
 from .report import CompressionReport, LayerReport, ModelSize, environment, peak_memory, planned_layers
 from .solvers import SOLVERS, eigh_of_outputs
-from .structures import LinearShape, LowRankFactors, Moments, RankPlan
+from .storing import activation_error, empty_factors, stored
+from .structures import LinearShape, LowRankFactors, Moments, RankPlan, StoredFactors
 from .targets import Target, Targets
 
 
@@ -357,6 +358,7 @@ def factor_block(
         factors = exchanged(job, layer, solved.pop(layer.name, None), owners[layer.name])
         if layer.rank is None:
             assert job.elastic is not None
+            assert isinstance(factors, LowRankFactors)
             job.elastic.add(layer.name, factors)
         else:
             replace_linear(job.model, layer.name, factors)
@@ -364,15 +366,15 @@ def factor_block(
     return [everywhere[layer.name] for layer in layers]
 
 
-def exchanged(job: Job, layer: LayerReport, factors: LowRankFactors | None, owner: int) -> LowRankFactors:
+def exchanged(job: Job, layer: LayerReport, factors: StoredFactors | None, owner: int) -> StoredFactors:
     """The factors of a layer, from the process that has them."""
     if job.peers.size == 1:
         assert factors is not None
         return factors
-    weight, (m, n), rank = dense_weight(job.model, layer.name), layer.shape, rank_to_solve(layer)
-    like = (weight.new_empty(m, rank), weight.new_empty(rank, n))
-    held = None if factors is None else (factors.left, factors.right)
-    return LowRankFactors(*job.peers.broadcast(held, like, owner))
+    like = empty_factors(dense_weight(job.model, layer.name), rank_to_solve(layer), job.config.storage)
+    held = None if factors is None else list(factors.tensors.values())
+    found = job.peers.broadcast(held, list(like.tensors.values()), owner)
+    return like.of_tensors(dict(zip(like.tensors, found, strict=True)))
 
 
 def rank_to_solve(layer: LayerReport) -> int:
@@ -382,7 +384,7 @@ def rank_to_solve(layer: LayerReport) -> int:
 
 def factor_layer(
     model: nn.Module, layer: LayerReport, recorder: Recorder | None, config: PGSVDConfig
-) -> tuple[LayerReport, LowRankFactors]:
+) -> tuple[LayerReport, StoredFactors]:
     """Factor one layer; errors are those of the factors as stored, after rounding to the model's dtype."""
     start = time.perf_counter()
     weight = dense_weight(model, layer.name)
@@ -390,7 +392,7 @@ def factor_layer(
         check_reached(recorder, [layer.name])
     moments = recorder.moments(layer.name) if recorder else None
     goal = recorder.goal(layer.name, weight) if recorder else weight
-    factors = solve(goal, moments, rank_to_solve(layer), config).to(weight.dtype)
+    factors = stored(solve(goal, moments, rank_to_solve(layer), config), moments, config.storage, weight.dtype)
     if layer.rank is not None:
         layer = replace(
             layer,
@@ -407,14 +409,6 @@ def solve(goal: Tensor, moments: Moments | None, rank: int, config: PGSVDConfig)
         return eigh_of_outputs(goal, moments.outputs, moments.energies, rank)
     gram = None if moments is None else moments.gram
     return SOLVERS[config.solver](goal, gram, rank, config.num_iterations)  # type: ignore[arg-type]
-
-
-def activation_error(goal: Tensor, factors: LowRankFactors, moments: Moments) -> float:
-    """The relative error of a layer's outputs, by whatever was measured of it."""
-    if moments.gram is not None:
-        return relative_activation_error(goal, factors.left, factors.right, moments.gram)
-    assert moments.outputs is not None
-    return relative_output_error(goal, factors.left, factors.right, moments.outputs, moments.energies)
 
 
 def refuse_unseen(survey: InputSurvey, job: Job) -> None:

@@ -26,7 +26,9 @@ from .workspace import Workspace, differences
 
 
 # Fields of a config that have no effect on what is measured.
-PLANNING = ("parameter_reduction", "tolerance", "ranks", "groups", "allocation", "rank_multiple", "num_iterations")
+PLANNING = (
+    "parameter_reduction", "tolerance", "ranks", "groups", "allocation", "rank_multiple", "num_iterations", "storage",
+)  # fmt: skip
 
 
 @dataclass
