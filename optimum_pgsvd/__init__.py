@@ -24,9 +24,9 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .measurements import Measurements
-    from .modeling_pgsvd import LowRankLinear
+    from .modeling_pgsvd import LowRankLinear, PivotedLinear
     from .report import CompressionReport
-    from .structures import LowRankFactors, RankPlan, SVDProfile
+    from .structures import LowRankFactors, PivotedFactors, RankPlan, SVDProfile
 
 _HOMES = {
     "PGSVDCompressor": "compressor",
@@ -39,9 +39,11 @@ _HOMES = {
     "PGSVDError": "errors",
     "UnsupportedModelError": "errors",
     "LowRankLinear": "modeling_pgsvd",
+    "PivotedLinear": "modeling_pgsvd",
     "Measurements": "measurements",
     "CompressionReport": "report",
     "LowRankFactors": "structures",
+    "PivotedFactors": "structures",
     "RankPlan": "structures",
     "SVDProfile": "structures",
 }
@@ -59,6 +61,8 @@ __all__ = [
     "PGSVDCompressor",
     "PGSVDConfig",
     "PGSVDError",
+    "PivotedFactors",
+    "PivotedLinear",
     "RankPlan",
     "SVDProfile",
     "UnsupportedModelError",

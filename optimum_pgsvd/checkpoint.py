@@ -94,7 +94,7 @@ class CheckpointContents:
     Args:
         config: its quantization config.
         factors: `(out_features, rank, in_features)` of each compressed layer, by its name in the checkpoint.
-        parameters: in all tensors.
+        parameters: in all tensors, the order of rows in pivoted storage not counted.
         dtypes: parameters by dtype.
         report: the report beside it, `None` where there is none.
     """
@@ -122,20 +122,45 @@ def read_contents(source: str | os.PathLike, **hub: Any) -> CheckpointContents:
     name = os.fspath(source)
     config = read_config(name, **hub)
     tensors = local_tensors(name) if os.path.isdir(name) else hub_tensors(name, **hub)
-    factors = {}
-    for layer, rank in (config.ranks or {}).items():
-        left, right = (tensors.get(f"{layer}.{factor}.weight", ((), ""))[0] for factor in ("left", "right"))
-        if len(left) != 2 or len(right) != 2 or left[1] != rank or right[0] != rank:
-            raise CheckpointError(
-                f"{name}: the config gives {layer} rank {rank}, its factors are left {left or 'missing'} and right "
-                f"{right or 'missing'}; the checkpoint is damaged or was edited"
-            )
-        factors[layer] = (left[0], rank, right[1])
+    shapes = {key: shape for key, (shape, _) in tensors.items()}
+    read = factor_shape if config.storage == "factors" else pivoted_shape
+    factors = {layer: read(shapes, layer, rank, name) for layer, rank in (config.ranks or {}).items()}
+    indices = {f"{layer}.order" for layer in factors}
     sizes: dict[str, int] = {}
-    for shape, dtype in tensors.values():
-        sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
+    for key, (shape, dtype) in tensors.items():
+        if key not in indices:
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
     report = read_report(name, **hub)
     return CheckpointContents(config, factors, sum(sizes.values()), sizes, report)
+
+
+def factor_shape(shapes: Mapping[str, tuple[int, ...]], layer: str, rank: int, name: str) -> tuple[int, int, int]:
+    """`(out_features, rank, in_features)` of a layer stored as factors, from the shapes of all tensors by name.
+
+    Raises:
+        CheckpointError: they do not have this rank.
+    """
+    left, right = (shapes.get(f"{layer}.{factor}.weight", ()) for factor in ("left", "right"))
+    if len(left) != 2 or len(right) != 2 or left[1] != rank or right[0] != rank:
+        raise CheckpointError(
+            f"{name}: the config gives {layer} rank {rank}, its factors are left {left or 'missing'} and right "
+            f"{right or 'missing'}; the checkpoint is damaged or was edited"
+        )
+    return left[0], rank, right[1]
+
+
+def pivoted_shape(shapes: Mapping[str, tuple[int, ...]], layer: str, rank: int, name: str) -> tuple[int, int, int]:
+    """The same of a layer in pivoted storage."""
+    basis, rest, order = (
+        shapes.get(f"{layer}.{part}", ()) for part in ("basis.weight", "coefficients.weight", "order")
+    )
+    others = order[0] - rank if order else 0
+    if len(basis) != 2 or len(order) != 1 or basis[0] != rank or (rest or (0, rank)) != (others, rank):
+        raise CheckpointError(
+            f"{name}: the config gives {layer} rank {rank}, its basis is {basis or 'missing'}, its coefficients are "
+            f"{rest or 'missing'} and its order is {order or 'missing'}; the checkpoint is damaged or was edited"
+        )
+    return order[0], rank, basis[1]
 
 
 def read_report(name: str, **hub: Any) -> CompressionReport | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .allocation import ALLOCATIONS
 from .errors import CalibrationError, ConfigError
-from .modeling_pgsvd import FORMAT_VERSION, QUANT_METHOD, LowRankConfig, check_format
+from .modeling_pgsvd import FORMATS, QUANT_METHOD, LowRankConfig, check_format
 from .solvers import SOLVERS
 from .structures import Budget
 
@@ -37,6 +37,8 @@ class PGSVDConfig(LowRankConfig):
         solver: how factors are found: `"eigh"` (closed-form optimum), `"als"` (the paper's Algorithm 1, which
             approaches it) or `"svd"` (truncated SVD, needs no dataset).
         num_iterations: ALS sweeps, at least 1; the paper uses 10. Other solvers ignore it.
+        storage: how a layer of rank r is stored: `"factors"`, `r (m + n)` parameters, or `"pivoted"` (r rows of the
+            weight and what makes the others of them), `r (m + n − r)`, so that the same budget buys higher ranks.
         groups: glob of layer names → `{"tolerance": …}` or `{"parameter_reduction": …}`, a budget of its own for the
             layers it matches; the first matching glob wins, and the budget above is for the layers that none matches.
             A layer outside the repeated blocks is compressed only where a glob here or in `ranks` names it.
@@ -82,6 +84,7 @@ class PGSVDConfig(LowRankConfig):
         allocation: str = "pareto",
         solver: str = "eigh",
         num_iterations: int = 10,
+        storage: str = "factors",
         groups: Mapping[str, Mapping[str, float]] | None = None,
         modules_to_not_convert: list[str] | None = None,
         rank_multiple: int = 1,
@@ -106,6 +109,7 @@ class PGSVDConfig(LowRankConfig):
         self.allocation = allocation
         self.solver = solver
         self.num_iterations = num_iterations
+        self.storage = storage
         self.groups = {glob: mapping(f"groups[{glob!r}]", b) for glob, b in mapping("groups", groups or {}).items()}
         if isinstance(modules_to_not_convert, str):
             raise ConfigError(f"modules_to_not_convert={modules_to_not_convert!r} must be a list of names or globs")
@@ -151,7 +155,7 @@ class PGSVDConfig(LowRankConfig):
     def with_ranks(self, ranks: Mapping[str, int]) -> PGSVDConfig:
         """The config of a model compressed to these ranks; this one does not change."""
         result = copy.deepcopy(self)
-        result.ranks, result.format_version = dict(ranks), FORMAT_VERSION
+        result.ranks, result.format_version = dict(ranks), FORMATS[self.storage]
         return result
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -161,6 +165,8 @@ class PGSVDConfig(LowRankConfig):
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON can hold it; a dataset or tokenizer object is described, not stored."""
         fields = {key: value for key, value in vars(self).items() if key not in ("dataset", "tokenizer", "record")}
+        if self.storage == "factors":
+            del fields["storage"]  # as in checkpoints of format 1, which knows no other
         described = {"dataset": describe(self.dataset), "tokenizer": describe(self.tokenizer)}
         return copy.deepcopy({**self.record, **fields, **described})
 
@@ -193,7 +199,7 @@ class PGSVDConfig(LowRankConfig):
     def _validate_result(self) -> None:
         """Loading reads the ranks and the format; the rest is a record, possibly of a newer version's fields."""
         at_least_one("format_version", self.format_version)
-        check_format(self.format_version or 0)
+        check_format(self.format_version or 0, self.storage)
         if self.ranks is None:
             raise ConfigError("the config of a compressed model has no ranks; its config.json is damaged")
         for name, rank in self.ranks.items():
@@ -205,6 +211,8 @@ class PGSVDConfig(LowRankConfig):
             raise ConfigError(f"unknown fields {', '.join(sorted(self.record))}; known are {', '.join(known)}")
         ALLOCATIONS.check(self.allocation)
         SOLVERS.check(self.solver)
+        if self.storage not in FORMATS:
+            raise ConfigError(f"storage={self.storage!r} is not known; known are {', '.join(FORMATS)}")
         for name in ("num_iterations", "rank_multiple", "num_samples", "batch_size"):
             at_least_one(name, getattr(self, name))
         if self.sequence_length is not None:
@@ -240,6 +248,11 @@ class PGSVDConfig(LowRankConfig):
             raise ConfigError(
                 "elastic=True needs calibration='parallel': anchored factors fit the ranks of the blocks before them, "
                 "and would not fit once those are cut"
+            )
+        if self.elastic and self.storage == "pivoted":
+            raise ConfigError(
+                "elastic=True needs storage='factors': pivoted storage mixes the components of a layer, so that the "
+                "less important ones cannot be cut off"
             )
 
     def _validate_budgets(self) -> None:

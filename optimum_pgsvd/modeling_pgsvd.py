@@ -4,7 +4,8 @@ Inside the optimum-pgsvd package this file is the runtime. A checkpoint saved wi
 of it, so that `from_pretrained(..., trust_remote_code=True)` works where the package is not installed.
 
 A compressed layer holds `W ≈ left @ right` as two plain linears: `right` (in_features → rank, no bias), then `left`
-(rank → out_features, with the layer's bias).
+(rank → out_features, with the layer's bias). In pivoted storage it holds some rows of W as one linear, `basis`, and
+what makes the other rows of them as another, `coefficients`.
 """
 
 import re
@@ -20,18 +21,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 QUANT_METHOD = "pgsvd"
-FORMAT_VERSION = 1
+
+# Version of a checkpoint's layout by how its layers are stored: what reads one reads those before it.
+FORMATS = {"factors": 1, "pivoted": 2}
 
 
 class _LazyProduct(Tensor):
-    """`left @ right` of a layer, with its shape, dtype and device known and the product made only when it is used."""
+    """The weight of a layer, with its shape, dtype and device known and the product made only when it is used."""
 
-    layer: "LowRankLinear"
+    layer: "LowRankLayer"
     _is_hf_initialized: bool
 
     @staticmethod
-    def __new__(cls, layer: "LowRankLinear"):
-        factor = layer.left.weight
+    def __new__(cls, layer: "LowRankLayer"):
+        factor = layer.first.weight
         shape = (
             (layer.in_features, layer.out_features) if layer.transposed else (layer.out_features, layer.in_features)
         )
@@ -41,7 +44,7 @@ class _LazyProduct(Tensor):
         return lazy
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"left @ right of {self.layer}"
+        return f"weight of {self.layer}"
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -57,14 +60,14 @@ class _LazyProduct(Tensor):
         return func(*map(product, args), **{key: product(value) for key, value in (kwargs or {}).items()})
 
 
-class LowRankLinear(nn.Module):
-    """A linear layer held as two: `left(right(x))`.
+class LowRankLayer(nn.Module):
+    """A linear layer whose weight is of low rank: what the ways to store one share.
 
     Args:
         in_features: n.
         out_features: m.
         rank: r.
-        bias: whether the layer has a bias; it belongs to `left`.
+        bias: whether the layer has a bias.
         transposed: the layer stands for a transformers `Conv1D`, whose weight is stored `(n, m)`.
         device: of the parameters.
         dtype: of the parameters.
@@ -73,11 +76,27 @@ class LowRankLinear(nn.Module):
     def __init__(self, in_features, out_features, rank, bias=True, transposed=False, device=None, dtype=None):
         super().__init__()
         self.in_features, self.out_features, self.rank, self.transposed = in_features, out_features, rank, transposed
-        self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The linears that it is made of."""
+        return {name: child for name, child in self.named_children() if isinstance(child, nn.Linear)}
+
+    @property
+    def first(self) -> nn.Linear:
+        """The linear that inputs meet first."""
+        raise NotImplementedError
+
+    @property
+    def biased(self) -> nn.Module:
+        """The module that has the bias."""
+        raise NotImplementedError
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight this layer stands for, `(m, n)`, multiplied in a dtype."""
+        raise NotImplementedError
 
     @classmethod
-    def like(cls, linear: Any, rank: int, device=None) -> "LowRankLinear":
+    def like(cls, linear: Any, rank: int, device=None) -> Any:
         """An uninitialised layer with the features, bias and dtype of an `nn.Linear` or `Conv1D`."""
         transposed = isinstance(linear, Conv1D)
         out_features, in_features = linear.weight.shape[::-1] if transposed else linear.weight.shape
@@ -85,13 +104,9 @@ class LowRankLinear(nn.Module):
             in_features, out_features, rank, linear.bias is not None, transposed, device, linear.weight.dtype
         ).train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x (..., n)` to `(..., m)`."""
-        return self.left(self.right(x))
-
     def product(self) -> Tensor:
         """The weight this layer stands for, `(m, n)`, or `(n, m)` for a `Conv1D`."""
-        weight = self.left.weight @ self.right.weight
+        weight = self.matrix(self.first.weight.dtype)
         return weight.T if self.transposed else weight
 
     @property
@@ -99,31 +114,108 @@ class LowRankLinear(nn.Module):
         """The weight this layer stands for, read only; model code that only asks for its dtype costs nothing."""
         return self.product() if torch.compiler.is_compiling() else _LazyProduct(self)
 
-    @property
-    def bias(self) -> Tensor | None:
-        """Bias `(m,)` or `None`."""
-        return self.left.bias
-
     @torch.no_grad()
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
         """The `nn.Linear` or `Conv1D` with the product as its weight, multiplied in float32 or better."""
-        left, right = self.left.weight, self.right.weight
-        precise = torch.promote_types(left.dtype, torch.float32)
-        product = (left.to(precise) @ right.to(precise)).to(dtype)
+        factor = self.first.weight
+        product = self.matrix(torch.promote_types(factor.dtype, torch.float32)).to(dtype)
         dense: Any
+        bias: Any = self.bias
         if self.transposed:
-            dense = Conv1D(self.out_features, self.in_features).to(device=left.device, dtype=dtype)
+            dense = Conv1D(self.out_features, self.in_features).to(device=factor.device, dtype=dtype)
             dense.weight = nn.Parameter(product.T.contiguous())
         else:
-            dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+            dense = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
             dense.weight = nn.Parameter(product)
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().to(dtype))
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach().to(dtype))
         return dense
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class LowRankLinear(LowRankLayer):
+    """A linear layer held as two: `left(right(x))`; the bias belongs to `left`. For arguments see `LowRankLayer`."""
+
+    def __init__(self, in_features, out_features, rank, bias=True, transposed=False, device=None, dtype=None):
+        super().__init__(in_features, out_features, rank, bias, transposed, device, dtype)
+        self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (..., n)` to `(..., m)`."""
+        return self.left(self.right(x))
+
+    @property
+    def first(self) -> nn.Linear:
+        """The linear that inputs meet first."""
+        return self.right
+
+    @property
+    def biased(self) -> nn.Module:
+        """The module that has the bias."""
+        return self.left
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias `(m,)` or `None`."""
+        return self.left.bias
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight this layer stands for, `(m, n)`, multiplied in a dtype."""
+        return self.left.weight.to(dtype) @ self.right.weight.to(dtype)
+
+
+class PivotedLinear(LowRankLayer):
+    """A linear layer of rank r held as r rows of its weight, and what makes the other rows of those.
+
+    Outputs are `[z, coefficients(z)]` with `z = basis(x)`, put in order; then the bias is added. Output i is number
+    `order[i]` of those. Where the rank is the number of outputs, there are no `coefficients`. For arguments see
+    `LowRankLayer`.
+
+    Source:
+        arXiv 2501.19090 (PIFA).
+    """
+
+    order: Tensor
+
+    def __init__(self, in_features, out_features, rank, bias=True, transposed=False, device=None, dtype=None):
+        super().__init__(in_features, out_features, rank, bias, transposed, device, dtype)
+        rest = out_features - rank
+        self.basis = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.coefficients = nn.Linear(rank, rest, bias=False, device=device, dtype=dtype) if rest else None
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("order", torch.arange(out_features, device=device, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x (..., n)` to `(..., m)`."""
+        rows = self.basis(x)
+        if self.coefficients is not None:
+            rows = torch.cat([rows, self.coefficients(rows)], dim=-1)
+        outputs = rows.index_select(-1, self.order)
+        return outputs if self.bias is None else outputs + self.bias
+
+    @property
+    def first(self) -> nn.Linear:
+        """The linear that inputs meet first."""
+        return self.basis
+
+    @property
+    def biased(self) -> nn.Module:
+        """The module that has the bias."""
+        return self
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight this layer stands for, `(m, n)`, multiplied in a dtype."""
+        rows = self.basis.weight.to(dtype)
+        if self.coefficients is not None:
+            rows = torch.cat([rows, self.coefficients.weight.to(dtype) @ rows])
+        return rows.index_select(0, self.order)
+
+
+LAYERS: dict[str, type[LowRankLayer]] = {"factors": LowRankLinear, "pivoted": PivotedLinear}
 
 
 class LowRankConfig(QuantizationConfigMixin):
@@ -132,23 +224,31 @@ class LowRankConfig(QuantizationConfigMixin):
     Args:
         ranks: rank of each compressed layer by its name in the checkpoint.
         format_version: of the checkpoint's layout.
-        provenance: how the checkpoint was made.
+        provenance: how the checkpoint was made, and, where that is not as factors, its `storage`.
     """
 
-    def __init__(self, ranks, format_version=FORMAT_VERSION, quant_method=QUANT_METHOD, **provenance):
-        check_format(format_version)
+    storage = "factors"
+
+    def __init__(self, ranks, format_version=1, quant_method=QUANT_METHOD, **provenance):
+        check_format(format_version, provenance.get("storage", "factors"))
         self.quant_method = quant_method
         self.ranks: dict[str, int] | None = dict(ranks)
         self.format_version = format_version
         self.__dict__.update(provenance)
 
 
-def check_format(version: int) -> None:
-    """Raise `RuntimeError` when a checkpoint was written by a newer format than this code reads."""
-    if version > FORMAT_VERSION:
+def check_format(version: int, storage: str) -> None:
+    """Raise `RuntimeError` when a checkpoint has a newer format than this code reads, or one that is not its own."""
+    newest = max(FORMATS.values())
+    if version > newest:
         raise RuntimeError(
-            f"this checkpoint has PGSVD format {version}, and this runtime reads up to {FORMAT_VERSION}; upgrade with "
+            f"this checkpoint has PGSVD format {version}, and this runtime reads up to {newest}; upgrade with "
             "`pip install -U optimum-pgsvd`"
+        )
+    if FORMATS.get(storage) != version:
+        raise RuntimeError(
+            f"this checkpoint has PGSVD format {version} with storage={storage!r}, and there is no such format; its "
+            "config.json is damaged or was edited, download it again"
         )
 
 
@@ -167,8 +267,9 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
             names = model_names(model, self.quantization_config.ranks, self)
+            layer = LAYERS[self.quantization_config.storage]
             for name, rank in names.items():
-                set_submodule(model, name, LowRankLinear.like(model.get_submodule(name), rank, device="meta"))
+                set_submodule(model, name, layer.like(model.get_submodule(name), rank, device="meta"))
             tripwires = {rf"^{re.escape(name)}\.weight$" for name in names}
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *tripwires}
             check_factors_while_loading(model)
@@ -176,7 +277,7 @@ class LowRankQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
-            raise_for(misshapen_factors(model))
+            raise_for(misshapen_factors(model) + damaged_orders(model))
         return model
 
     def get_state_dict_and_metadata(self, model):
@@ -191,13 +292,13 @@ class LowRankQuantizer(HfQuantizer):
         self.quantization_config.ranks = {names[name]: layer.rank for name, layer in layers.items()}
         state = model.state_dict()
         for name, layer in layers.items():
-            state[f"{name}.weight"] = torch.zeros(1, dtype=layer.left.weight.dtype)
+            state[f"{name}.weight"] = torch.zeros(1, dtype=layer.first.weight.dtype)
         return state, {}
 
     def _dequantize(self, model, dtype=None):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in low_rank_layers(model).items():
-            set_submodule(model, name, layer.to_dense(dtype or layer.left.weight.dtype))
+            set_submodule(model, name, layer.to_dense(dtype or layer.first.weight.dtype))
         return model
 
     def remove_quantization_config(self, model):
@@ -209,9 +310,9 @@ class LowRankQuantizer(HfQuantizer):
         vars(model.config).pop("auto_map", None)
 
 
-def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
     """The low-rank layers of a model by name, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -296,15 +397,25 @@ def misshapen_factors(model: nn.Module) -> list[str]:
     return [
         f"misshapen factor: {name}.{side}.weight is {tuple(factor.weight.shape)}, its rank asks for {expected}"
         for name, layer in low_rank_layers(model).items()
-        for side, factor in (("left", layer.left), ("right", layer.right))
+        for side, factor in layer.linears().items()
         if tuple(factor.weight.shape) != (expected := (factor.out_features, factor.in_features))
+    ]
+
+
+def damaged_orders(model: nn.Module) -> list[str]:
+    """The orders of pivoted layers that do not name each row once."""
+    return [
+        f"damaged order: {name}.order does not hold each of 0 … {layer.out_features - 1} once"
+        for name, layer in low_rank_layers(model).items()
+        if isinstance(layer, PivotedLinear)
+        and not torch.equal(layer.order.long().sort()[0], torch.arange(layer.out_features, device=layer.order.device))
     ]
 
 
 def factor_problems(model: nn.Module, loading_info) -> list[str]:
     """What is wrong with the factors that were loaded, a line each."""
     factors = tuple(f"{name}." for name in low_rank_layers(model))
-    suffix = re.compile(r"\.(left|right)\.(weight|bias)$")
+    suffix = re.compile(r"\.((left|right|basis|coefficients)\.(weight|bias)|order)$")
     modules = {name for name, _ in model.named_modules()}
     problems = [f"missing factor: {key}" for key in sorted(loading_info.missing_keys) if key.startswith(factors)]
     problems += [

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from .config import PGSVDConfig
-from .modeling_pgsvd import LowRankLinear, checkpoint_names, low_rank_layers, set_submodule
-from .structures import LowRankFactors
+from .modeling_pgsvd import LAYERS, LowRankLayer, checkpoint_names, low_rank_layers, set_submodule
+from .structures import StoredFactors
 
 
 @torch.no_grad()
-def replace_linear(model: nn.Module, name: str, factors: LowRankFactors) -> LowRankLinear:
-    """Put a `LowRankLinear` with these factors in the place of a linear or `Conv1D`.
+def replace_linear(model: nn.Module, name: str, factors: StoredFactors) -> LowRankLayer:
+    """Put a layer of low rank with these factors in the place of a linear or `Conv1D`.
 
     The dtype, device, bias and `requires_grad` stay as they were.
 
@@ -30,12 +30,14 @@ def replace_linear(model: nn.Module, name: str, factors: LowRankFactors) -> LowR
         The new layer.
     """
     dense: Any = model.get_submodule(name)
-    layer = LowRankLinear.like(dense, factors.rank, device="meta")
-    rounded = factors.to(dense.weight.dtype)
-    for inner, value in ((layer.left, rounded.left), (layer.right, rounded.right)):
-        inner.weight = nn.Parameter(value.to(dense.weight.device), requires_grad=dense.weight.requires_grad)
-    if dense.bias is not None:
-        layer.left.bias = dense.bias
+    layer = LAYERS[factors.storage].like(dense, factors.rank, device="meta")
+    for key, value in factors.tensors.items():
+        inner, _, attribute = key.rpartition(".")
+        kept: Any = value.to(dense.weight.device)
+        if value.is_floating_point():
+            kept = nn.Parameter(value.to(dense.weight).contiguous(), requires_grad=dense.weight.requires_grad)
+        setattr(layer.get_submodule(inner), attribute, kept)
+    layer.biased.bias = dense.bias
     set_submodule(model, name, layer)
     return layer
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .modeling_pgsvd import low_rank_layers
 from .structures import RankPlan
 from .targets import Targets
 from .version import __version__
@@ -29,7 +30,7 @@ class LayerReport:
         shape: `[m, n]` of its weight.
         rank: `None` for a layer kept dense.
         parameters_before: of the weight, the bias not counted.
-        parameters_after: of the factors, or of the dense weight.
+        parameters_after: of the factors, of their pivoted storage, or of the dense weight.
         weight_error: `‖W − left right‖ / ‖W‖` of the factors as stored, 0 for dense; in a plan, the planned e(rank).
         activation_error: `‖(W − left right) Xᵀ‖ / ‖W Xᵀ‖` likewise, with anchored calibration of the weight A that was
             approximated in W's place, on the compressed inputs; `None` where no inputs were measured.
@@ -59,7 +60,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Parameters and bytes of the whole model, each tensor counted once."""
+    """Parameters and bytes of the whole model, each tensor counted once; bytes with the indices of pivoted storage."""
 
     parameters: int
     bytes: int
@@ -68,7 +69,8 @@ class ModelSize:
     def of(cls, model: nn.Module) -> ModelSize:
         """Count a model's parameters."""
         parameters = list(model.parameters())
-        return cls(sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters))
+        indices = [buffer for layer in low_rank_layers(model).values() for buffer in layer.buffers(recurse=False)]
+        return cls(sum(p.numel() for p in parameters), sum(t.numel() * t.element_size() for t in parameters + indices))
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,10 @@ class CompressionReport:
         before = ModelSize.of(model)
         bytes_of = {name: model.get_parameter(f"{name}.weight").element_size() for name in plan.layers}
         saved = {name: layer.shape.dense_parameters - layer.parameters for name, layer in plan.layers.items()}
+        indices = sum(layer.shape.index_bytes(layer.rank) for layer in plan.layers.values())
         after = ModelSize(
-            before.parameters - sum(saved.values()), before.bytes - sum(saved[name] * bytes_of[name] for name in saved)
+            before.parameters - sum(saved.values()),
+            before.bytes - sum(saved[name] * bytes_of[name] for name in saved) + indices,
         )
         return cls(tuple(planned_layers(plan)), targets.skipped, before, after, config, environment=environment())
 

@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .linalg import relative_tails
+from .linalg import INDEX, relative_tails
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Shape of a linear layer's weight.
+    """Shape of a linear layer's weight, and how one of lower rank is stored in its place.
 
     Args:
         out_features: m.
         in_features: n.
+        storage: `"factors"`, `r (m + n)` parameters, or `"pivoted"`, `r (m + n − r)`.
     """
 
     out_features: int
     in_features: int
+    storage: str = "factors"
 
     @property
     def dense_parameters(self) -> int:
@@ -36,14 +39,11 @@ class LinearShape:
         return min(self.out_features, self.in_features)
 
     @property
-    def rank_cost(self) -> int:
-        """`m + n`: parameters of one rank."""
-        return self.out_features + self.in_features
-
-    @property
     def largest_saving_rank(self) -> int:
-        """Largest r with `r (m + n) < m n`; 0 where no factorisation saves anything."""
-        return (self.dense_parameters - 1) // self.rank_cost
+        """Largest r that is stored in fewer than `m n` parameters; 0 where no rank saves anything."""
+        if self.storage == "pivoted":
+            return self.full_rank - 1
+        return (self.dense_parameters - 1) // (self.out_features + self.in_features)
 
     @property
     def solving_cost(self) -> float:
@@ -52,7 +52,14 @@ class LinearShape:
 
     def parameters(self, rank: int | None) -> int:
         """Parameters of the weight at a rank; `None` means dense."""
-        return self.dense_parameters if rank is None else rank * self.rank_cost
+        if rank is None:
+            return self.dense_parameters
+        saved = rank if self.storage == "pivoted" else 0
+        return rank * (self.out_features + self.in_features - saved)
+
+    def index_bytes(self, rank: int | None) -> int:
+        """Bytes of what a rank needs besides parameters: for pivoted storage, where each row is."""
+        return INDEX.itemsize * self.out_features if rank is not None and self.storage == "pivoted" else 0
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,8 @@ class LowRankFactors:
         right: `(r, n)`.
     """
 
+    storage: ClassVar[str] = "factors"
+
     left: Tensor
     right: Tensor
 
@@ -145,6 +154,76 @@ class LowRankFactors:
     def to(self, dtype: torch.dtype) -> LowRankFactors:
         """The factors, contiguous, rounded once to `dtype`."""
         return LowRankFactors(self.left.to(dtype).contiguous(), self.right.to(dtype).contiguous())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in a checkpoint, that of the layer left out."""
+        return {"left.weight": self.left, "right.weight": self.right}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> LowRankFactors:
+        """From what `tensors` gives."""
+        return cls(tensors["left.weight"], tensors["right.weight"])
+
+
+@dataclass(frozen=True, eq=False)
+class PivotedFactors:
+    """A matrix of rank r by r of its rows, and what makes the other rows of them.
+
+    Row i is row `order[i]` of `[basis; coefficients @ basis]`.
+
+    Args:
+        basis: `(r, n)`.
+        coefficients: `(m − r, r)`.
+        order: `(m,)` int32, a permutation of 0 … m − 1.
+
+    Source:
+        arXiv 2501.19090 (PIFA).
+    """
+
+    storage: ClassVar[str] = "pivoted"
+
+    basis: Tensor
+    coefficients: Tensor
+    order: Tensor
+
+    def __post_init__(self) -> None:
+        if self.coefficients.shape != (len(self.order) - self.rank, self.rank):
+            raise ValueError(
+                f"{len(self.order)} rows of rank {self.rank} need coefficients "
+                f"{(len(self.order) - self.rank, self.rank)}, not {tuple(self.coefficients.shape)}"
+            )
+
+    @property
+    def rank(self) -> int:
+        """Rows of the basis r."""
+        return self.basis.shape[0]
+
+    @property
+    def left(self) -> Tensor:
+        """`(m, r)` with `W ≈ left @ basis`: rows of the identity, and the coefficients."""
+        identity = torch.eye(self.rank, dtype=self.coefficients.dtype, device=self.coefficients.device)
+        return torch.cat([identity, self.coefficients])[self.order.long()]
+
+    @property
+    def right(self) -> Tensor:
+        """The basis."""
+        return self.basis
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in a checkpoint, that of the layer left out; where all rows are in the basis, no more."""
+        others = {"coefficients.weight": self.coefficients} if len(self.coefficients) else {}
+        return {"order": self.order, "basis.weight": self.basis, **others}
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> PivotedFactors:
+        """From what `tensors` gives."""
+        basis = tensors["basis.weight"]
+        return cls(basis, tensors.get("coefficients.weight", basis.new_empty(0, len(basis))), tensors["order"])
+
+
+StoredFactors = LowRankFactors | PivotedFactors
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import PGSVDConfig
 from .errors import ConfigError, UnsupportedModelError
-from .modeling_pgsvd import LowRankLinear
+from .modeling_pgsvd import LowRankLayer
 from .structures import LinearShape
 
 
@@ -79,10 +79,10 @@ def first_match(name: str, patterns: Iterable[str]) -> str | None:
     return next((pattern for pattern in patterns if matches(name, pattern)), None)
 
 
-def weight_shape(module: Any) -> LinearShape:
+def weight_shape(module: Any, storage: str = "factors") -> LinearShape:
     """Shape of a linear's weight with outputs first; `Conv1D` stores it the other way round."""
-    rows, columns = module.weight.shape
-    return LinearShape(columns, rows) if isinstance(module, Conv1D) else LinearShape(rows, columns)
+    rows, columns = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+    return LinearShape(rows, columns, storage)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
@@ -111,8 +111,8 @@ def find_targets(model: nn.Module, config: PGSVDConfig, stored: Collection[str] 
 
     Args:
         model: any transformers model, on any device.
-        config: for `modules_to_not_convert`, and for `ranks` and `groups`, whose globs may name layers outside the
-            blocks.
+        config: for `modules_to_not_convert`, for `storage`, and for `ranks` and `groups`, whose globs may name layers
+            outside the blocks.
         stored: the only layers that can be targets; by default, any can.
 
     Returns:
@@ -143,7 +143,7 @@ def find_targets(model: nn.Module, config: PGSVDConfig, stored: Collection[str] 
         elif stored is not None and name not in stored:
             skipped[name] = "no target when the checkpoint was made"
         else:
-            found.append(Target(name, weight_shape(module), block))
+            found.append(Target(name, weight_shape(module, config.storage), block))
     names = [target.name for target in found]
     for field, patterns, candidates in (
         ("modules_to_not_convert", config.modules_to_not_convert, [*names, *skipped]),
@@ -167,7 +167,7 @@ def _block_of(name: str, blocks: tuple[str, ...]) -> str | None:
 
 
 def _refuse_compressed(model: nn.Module) -> None:
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if any(isinstance(module, LowRankLayer) for module in model.modules()):
         raise UnsupportedModelError(
             "the model is compressed already; compress the dense model, or model.dequantize() first"
         )

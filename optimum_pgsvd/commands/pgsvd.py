@@ -40,6 +40,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         metavar=("GLOB", "BUDGET"),
         help='a budget of its own for some layers, e.g. --group "*.mlp.*" tolerance=0.3; may be repeated',
     )
+    how.add_argument("--storage", default="factors", help="factors (default) or pivoted: fewer parameters per rank")
     how.add_argument("--modules-to-not-convert", nargs="*", default=None, help="names or globs that stay dense")
     how.add_argument("--rank-multiple", type=int, default=1, help="ranks are multiples of this (default 1)")
 
@@ -80,7 +81,7 @@ def add_output_arguments(parser: ArgumentParser, what: str) -> None:
 CONFIG_FIELDS = (
     "parameter_reduction", "tolerance", "allocation", "modules_to_not_convert", "rank_multiple", "dataset",
     "tokenizer", "calibration", "blend", "num_samples", "sequence_length", "batch_size", "seed", "solver",
-    "num_iterations", "self_contained", "elastic",
+    "num_iterations", "storage", "self_contained", "elastic",
 )  # fmt: skip
 
 
@@ -338,7 +339,8 @@ class InspectCommand(_Command):
         if contents.config.elastic:
             print("elastic: from_pretrained(..., quantization_config=PGSVDConfig(...)) cuts it further, without data")
         dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in contents.dtypes.items() if count)
-        print(f"{len(contents.factors)} low-rank layers; {contents.parameters:,} parameters in the files: {dtypes}")
+        layers = f"{len(contents.factors)} low-rank layers, stored as {contents.config.storage}"
+        print(f"{layers}; {contents.parameters:,} parameters in the files: {dtypes}")
 
 
 class PGSVDCommand(BaseOptimumCLICommand):

@@ -48,7 +48,8 @@ def check_cut(request: PGSVDConfig, made: PGSVDConfig) -> None:
             "compress the dense model anew, with elastic=True for a checkpoint that can be cut when it is loaded"
         )
     default = PGSVDConfig(parameter_reduction=0).to_dict()
-    given = [name for name, value in request.to_dict().items() if name not in CUT_FIELDS and value != default[name]]
+    asked = request.to_dict()
+    given = [name for name in asked if name not in CUT_FIELDS and asked[name] != default.get(name)]
     if given:
         raise ConfigError(
             f"{', '.join(given)} cannot be given to cut a checkpoint, whose factors are made: give only "

@@ -13,7 +13,8 @@ from ..logs import warn
 from ..planning import dense_weight
 from ..replace import replace_linear
 from ..report import CompressionReport, LayerReport, ModelSize, environment, peak_memory, planned_layers
-from ..structures import LowRankFactors
+from ..storing import empty_factors
+from ..structures import LowRankFactors, StoredFactors
 from .job import Job
 from .layer import Recorder, factor_layer, rank_to_solve
 from .measuring import measured, read
@@ -70,6 +71,7 @@ def factor_block(
         factors = exchanged(job, layer, solved.pop(layer.name, None), owners[layer.name])
         if layer.rank is None:
             assert job.elastic is not None
+            assert isinstance(factors, LowRankFactors)
             job.elastic.add(layer.name, factors)
         else:
             replace_linear(job.model, layer.name, factors)
@@ -77,15 +79,15 @@ def factor_block(
     return [everywhere[layer.name] for layer in layers]
 
 
-def exchanged(job: Job, layer: LayerReport, factors: LowRankFactors | None, owner: int) -> LowRankFactors:
+def exchanged(job: Job, layer: LayerReport, factors: StoredFactors | None, owner: int) -> StoredFactors:
     """The factors of a layer, from the process that has them."""
     if job.peers.size == 1:
         assert factors is not None
         return factors
-    weight, (m, n), rank = dense_weight(job.model, layer.name), layer.shape, rank_to_solve(layer)
-    like = (weight.new_empty(m, rank), weight.new_empty(rank, n))
-    held = None if factors is None else (factors.left, factors.right)
-    return LowRankFactors(*job.peers.broadcast(held, like, owner))
+    like = empty_factors(dense_weight(job.model, layer.name), rank_to_solve(layer), job.config.storage)
+    held = None if factors is None else list(factors.tensors.values())
+    found = job.peers.broadcast(held, list(like.tensors.values()), owner)
+    return like.of_tensors(dict(zip(like.tensors, found, strict=True)))
 
 
 def pace(job: Job, reports: Mapping[str, LayerReport], part: float) -> str:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from ..calibration import GramRecorder
 from ..config import PGSVDConfig
 from ..errors import CalibrationError
-from ..linalg import relative_activation_error, relative_output_error, relative_weight_error
+from ..linalg import relative_weight_error
 from ..measurements import StoredMoments
 from ..planning import dense_weight
 from ..report import LayerReport
 from ..solvers import SOLVERS, eigh_of_outputs
-from ..structures import LinearShape, LowRankFactors, Moments
+from ..storing import activation_error, stored
+from ..structures import LinearShape, LowRankFactors, Moments, StoredFactors
 
 
 Recorder = GramRecorder | StoredMoments
@@ -24,7 +25,7 @@ Recorder = GramRecorder | StoredMoments
 
 def factor_layer(
     model: nn.Module, layer: LayerReport, recorder: Recorder | None, config: PGSVDConfig
-) -> tuple[LayerReport, LowRankFactors]:
+) -> tuple[LayerReport, StoredFactors]:
     """Factor one layer; errors are those of the factors as stored, after rounding to the model's dtype."""
     start = time.perf_counter()
     weight = dense_weight(model, layer.name)
@@ -32,7 +33,7 @@ def factor_layer(
         check_reached(recorder, [layer.name])
     moments = recorder.moments(layer.name) if recorder else None
     goal = recorder.goal(layer.name, weight) if recorder else weight
-    factors = solve(goal, moments, rank_to_solve(layer), config).to(weight.dtype)
+    factors = stored(solve(goal, moments, rank_to_solve(layer), config), moments, config.storage, weight.dtype)
     if layer.rank is not None:
         layer = replace(
             layer,
@@ -54,14 +55,6 @@ def solve(goal: Tensor, moments: Moments | None, rank: int, config: PGSVDConfig)
         return eigh_of_outputs(goal, moments.outputs, moments.energies, rank)
     gram = None if moments is None else moments.gram
     return SOLVERS[config.solver](goal, gram, rank, config.num_iterations)  # type: ignore[arg-type]
-
-
-def activation_error(goal: Tensor, factors: LowRankFactors, moments: Moments) -> float:
-    """The relative error of a layer's outputs, by whatever was measured of it."""
-    if moments.gram is not None:
-        return relative_activation_error(goal, factors.left, factors.right, moments.gram)
-    assert moments.outputs is not None
-    return relative_output_error(goal, factors.left, factors.right, moments.outputs, moments.energies)
 
 
 def check_reached(recorder: Recorder, names: Sequence[str]) -> None:

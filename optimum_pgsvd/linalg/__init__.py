@@ -7,6 +7,7 @@ One layout throughout: a weight is `W (m, n)` with m output and n input features
 
 from .als import alternating_least_squares
 from .anchor import anchored_weight
+from .pivoting import INDEX, pivot_rows
 from .precision import working_dtype
 from .products import add_product, add_self_product, mirror_upper
 from .projection import output_projection, projection_of_outputs
@@ -16,6 +17,7 @@ from .svd import balanced, truncated_svd
 
 
 __all__ = [
+    "INDEX",
     "add_product",
     "add_self_product",
     "alternating_least_squares",
@@ -23,6 +25,7 @@ __all__ = [
     "balanced",
     "mirror_upper",
     "output_projection",
+    "pivot_rows",
     "projection_of_outputs",
     "relative_activation_error",
     "relative_output_error",

@@ -25,8 +25,8 @@ from .workspace import Workspace, differences
 
 # Fields of a config that have no effect on what is measured.
 PLANNING = (
-    "parameter_reduction", "tolerance", "ranks", "groups", "allocation", "rank_multiple", "num_iterations", "elastic",
-    "self_contained",
+    "parameter_reduction", "tolerance", "ranks", "groups", "allocation", "rank_multiple", "num_iterations", "storage",
+    "elastic", "self_contained",
 )  # fmt: skip
 
 

@@ -19,11 +19,12 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ..config import PGSVDConfig
 from ..distributed import Peers
 from ..errors import CheckpointError
-from ..modeling_pgsvd import LowRankLinear, checkpoint_names, low_rank_layers, set_submodule
+from ..modeling_pgsvd import LAYERS, checkpoint_names, low_rank_layers, set_submodule
 from ..replace import mark_compressed
 from ..report import CompressionReport
 from ..saving import attach_artifacts
-from ..structures import LowRankFactors, RankPlan
+from ..storing import STORED
+from ..structures import RankPlan, StoredFactors
 from .process import without_progress_bars
 from .shards import ShardWriter
 from .side_file import SideFileWriter
@@ -88,11 +89,14 @@ class CompressedCheckpoint:
         if self.elastic is not None:
             self.elastic.sync()
 
-    def read_factors(self, names: Sequence[str]) -> dict[str, LowRankFactors]:
+    def read_factors(self, names: Sequence[str]) -> dict[str, StoredFactors]:
         """The factors of layers that an earlier run wrote."""
-        on_disk = checkpoint_names(self.outline, names)
-        read = {name: [self._read(f"{on_disk[name]}.{side}.weight") for side in ("left", "right")] for name in names}
-        return {name: LowRankFactors(left, right) for name, (left, right) in read.items()}
+        on_disk, kind = checkpoint_names(self.outline, names), STORED[self.outline.config.quantization_config.storage]
+        read = {}
+        for name in names:
+            keys = [key for key in self.outline.get_submodule(name).state_dict() if not key.endswith("bias")]
+            read[name] = kind.of_tensors({key: self._read(f"{on_disk[name]}.{key}") for key in keys})
+        return read
 
     def _read(self, name: str) -> Tensor:
         with safe_open(os.path.join(self.folder, self._writer.file_of[name]), framework="pt") as file:
@@ -123,12 +127,13 @@ def outline(model: PreTrainedModel, plan: RankPlan, config: PGSVDConfig) -> PreT
     """What a model will be when it is compressed, without its weights."""
     compressed = copy.deepcopy(model).to("meta")
     for name, rank in plan.ranks.items():
-        set_submodule(compressed, name, LowRankLinear.like(compressed.get_submodule(name), rank, device="meta"))
+        layer = LAYERS[config.storage].like(compressed.get_submodule(name), rank, device="meta")
+        set_submodule(compressed, name, layer)
     mark_compressed(compressed, config)
     return compressed
 
 
 def with_tripwires(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state with the one-element tensors that stand for dense weights, as `LowRankQuantizer` saves them."""
-    wires = {f"{name}.weight": layer.left.weight.dtype for name, layer in low_rank_layers(model).items()}
+    wires = {f"{name}.weight": layer.first.weight.dtype for name, layer in low_rank_layers(model).items()}
     return {**state, **{name: torch.zeros(1, dtype=dtype) for name, dtype in wires.items()}}
