@@ -7,15 +7,27 @@ from typing import Any
 
 import transformers
 from optimum.quantization_base import OptimumQuantizer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .allocation import ALLOCATIONS
 from .calibration import Weights
 from .checkpoint import new_folder
 from .config import PGSVDConfig
 from .elastic import Elastic
 from .errors import ConfigError
-from .factoring import Clock, InPlace, Job, calibration_of, factor, refuse_absent_weights, report_on, undone_on_error
+from .factoring import (
+    Clock,
+    InPlace,
+    Job,
+    calibration_of,
+    curvature_of,
+    factor,
+    loss_profiles,
+    refuse_absent_weights,
+    report_on,
+    undone_on_error,
+)
 from .measurements import Measurements, measurements_of, profiles_at_hand
 from .planning import check_request, plan_ranks
 from .replace import mark_compressed
@@ -28,6 +40,7 @@ from .streaming import (
     compress_checkpoint,
     measure_checkpoint,
 )
+from .structures import SVDProfile
 from .targets import find_blocks, find_targets
 
 
@@ -100,12 +113,21 @@ class PGSVDCompressor(OptimumQuantizer):
         check_request(model, targets, self.config)
         with clock("data"):
             calibration = calibration_of(model, targets, self.config, tokenizer)
+        curvature: dict[str, Tensor] = {}
+        if self.config.needs_curvature:
+            with clock("gradients"):
+                curvature = curvature_of(model, targets, self.config, calibration)
         with clock("plan"):
-            profiles = profiles_at_hand(model, targets, self.config, calibration.measurements)
+            profiles: dict[str, SVDProfile] | None
+            if ALLOCATIONS.trait(self.config.allocation, "needs_curvature"):
+                profiles = loss_profiles(model, targets, self.config, calibration, curvature)
+            else:
+                profiles = profiles_at_hand(model, targets, self.config, calibration.measurements)
             plan = plan_ranks(model, targets, self.config, profiles=profiles)
         elastic = Elastic(profiles) if self.config.elastic and profiles else None
         job = Job(model, targets, plan, calibration.batches, self.config, clock, InPlace())
         job.measurements, job.elastic = calibration.measurements, elastic
+        job.curvature = curvature if self.config.objective == "loss" else {}
         with undone_on_error(model, targets, undo):
             layers, notes = factor(job)
         mark_compressed(model, self.config)

@@ -16,6 +16,7 @@ from .structures import Budget
 
 
 CALIBRATIONS = ("parallel", "anchored")
+OBJECTIVES = ("outputs", "loss")
 BUDGETS = ("parameter_reduction", "tolerance", "ranks")
 DATASETS = (str, os.PathLike, Iterable)
 FILES = (".txt", ".jsonl", ".json", ".parquet")
@@ -32,10 +33,13 @@ class PGSVDConfig(LowRankConfig):
         tolerance: ε, the relative error `‖W − W_r‖_F / ‖W‖_F` allowed in each layer, in [0, 1]. Larger is smaller and
             less accurate.
         ranks: rank by layer name or glob, at least 1; layers that nothing matches stay dense.
-        allocation: how ranks are chosen: `"pareto"` (PGSVD: one ε for all layers of a group) or `"uniform"` (the same
-            fraction of every layer).
+        allocation: how ranks are chosen: `"pareto"` (PGSVD: one ε for all layers of a group), `"loss"` (by how much
+            the model's predictions depend on each layer, measured with gradients) or `"uniform"` (the same fraction
+            of every layer).
         solver: how factors are found: `"eigh"` (closed-form optimum), `"als"` (the paper's Algorithm 1, which
             approaches it) or `"svd"` (truncated SVD, needs no dataset).
+        objective: what the factors of a layer minimise: `"outputs"` (the paper: the error of its outputs) or `"loss"`
+            (that error measured by what it costs the model's predictions, with gradients).
         num_iterations: ALS sweeps, at least 1; the paper uses 10. Other solvers ignore it.
         storage: how a layer of rank r is stored: `"factors"`, `r (m + n)` parameters, or `"pivoted"` (r rows of the
             weight and what makes the others of them), `r (m + n − r)`, so that the same budget buys higher ranks.
@@ -53,6 +57,9 @@ class PGSVDConfig(LowRankConfig):
             model's outputs).
         blend: β in [0, 1] of anchored calibration: 1 aims at the outputs of the dense model, 0 at those the dense
             layer has on the compressed inputs.
+        refine_steps: AdamW steps in which the factors of each block are fitted together to the dense block's outputs,
+            on the calibration set; 0 for none. Stops where a part of the set that is held back gets no better. Needs
+            `calibration="anchored"`.
         num_samples: sequences of the calibration set to use, at least 1.
         sequence_length: tokens in a sequence, at least 1; by default the model's maximum, at most 2048.
         batch_size: sequences in a forward pass, at least 1.
@@ -83,6 +90,7 @@ class PGSVDConfig(LowRankConfig):
         *,
         allocation: str = "pareto",
         solver: str = "eigh",
+        objective: str = "outputs",
         num_iterations: int = 10,
         storage: str = "factors",
         groups: Mapping[str, Mapping[str, float]] | None = None,
@@ -92,6 +100,7 @@ class PGSVDConfig(LowRankConfig):
         tokenizer: Any = None,
         calibration: str = "parallel",
         blend: float = 0.5,
+        refine_steps: int = 0,
         num_samples: int = 256,
         sequence_length: int | None = None,
         batch_size: int = 8,
@@ -108,6 +117,7 @@ class PGSVDConfig(LowRankConfig):
         self.ranks: dict[str, int] | None = mapping("ranks", ranks) if ranks is not None else None
         self.allocation = allocation
         self.solver = solver
+        self.objective = objective
         self.num_iterations = num_iterations
         self.storage = storage
         self.groups = {glob: mapping(f"groups[{glob!r}]", b) for glob, b in mapping("groups", groups or {}).items()}
@@ -119,6 +129,7 @@ class PGSVDConfig(LowRankConfig):
         self.tokenizer = tokenizer
         self.calibration = calibration
         self.blend = blend
+        self.refine_steps = refine_steps
         self.num_samples = num_samples
         self.sequence_length = sequence_length
         self.batch_size = batch_size
@@ -128,6 +139,23 @@ class PGSVDConfig(LowRankConfig):
         self.format_version = format_version
         self.record = record
         self._validate()
+
+    @classmethod
+    def best(cls, parameter_reduction: float, **options: Any) -> PGSVDConfig:
+        """The settings with the least loss that we know of, the same for every model.
+
+        Ranks and factors by gradients, pivoted storage, anchored calibration and refinement. Gradients and refinement
+        need the whole model in memory, and several times the time of the paper's settings, which are the defaults.
+
+        Args:
+            parameter_reduction: as in the class.
+            options: other fields, and those of the preset that are to differ.
+        """
+        settings = {
+            "allocation": "loss", "objective": "loss", "storage": "pivoted", "calibration": "anchored",
+            "refine_steps": 100,
+        }  # fmt: skip
+        return cls(parameter_reduction, **{**settings, **options})
 
     @property
     def is_result(self) -> bool:
@@ -143,6 +171,11 @@ class PGSVDConfig(LowRankConfig):
     def needs_dataset(self) -> bool:
         """Whether the solver asks for calibration inputs."""
         return SOLVERS.trait(self.solver, "needs_gram")
+
+    @property
+    def needs_curvature(self) -> bool:
+        """Whether gradients are to be measured."""
+        return self.objective == "loss" or ALLOCATIONS.trait(self.allocation, "needs_curvature")
 
     def require_dataset(self) -> None:
         """Raise `CalibrationError` where the solver needs a dataset and there is none."""
@@ -228,6 +261,8 @@ class PGSVDConfig(LowRankConfig):
         for name in ("self_contained", "elastic"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+        self._validate_refinement()
+        self._validate_curvature()
         self._validate_elastic()
         if isinstance(self.dataset, Mapping) or not (self.dataset is None or isinstance(self.dataset, DATASETS)):
             raise ConfigError(
@@ -235,6 +270,36 @@ class PGSVDConfig(LowRankConfig):
                 "datasets.Dataset, a file, the name of a Hub dataset, or 'self'"
             )
         self._validate_budgets()
+
+    def _validate_refinement(self) -> None:
+        steps = self.refine_steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ConfigError(f"refine_steps={steps!r} must be an integer, 0 or more")
+        if steps and self.calibration != "anchored":
+            raise ConfigError(
+                f"refine_steps={steps} needs calibration='anchored': a block is fitted to the dense one's outputs on "
+                "the inputs that the compressed blocks before it produce"
+            )
+
+    def _validate_curvature(self) -> None:
+        """Gradients are measured for what can use them."""
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"objective={self.objective!r} is not known; known are {', '.join(OBJECTIVES)}")
+        if self.objective == "loss" and not SOLVERS.trait(self.solver, "takes_curvature"):
+            able = " or ".join(
+                f"solver={name!r}" for name in SOLVERS.names() if SOLVERS.trait(name, "takes_curvature")
+            )
+            raise ConfigError(f"objective='loss' needs {able}, not {self.solver!r}")
+        if self.needs_curvature and not self.needs_dataset:
+            raise ConfigError(
+                f"allocation={self.allocation!r} measures gradients on a calibration set, and solver={self.solver!r} "
+                "uses none; use solver='eigh'"
+            )
+        if self.needs_curvature and self.elastic:
+            raise ConfigError(
+                "elastic=True needs objective='outputs' and an allocation that measures no gradients: a checkpoint is "
+                "cut by the singular values of its weights"
+            )
 
     def _validate_elastic(self) -> None:
         """Cutting must give what compressing anew would."""
@@ -273,8 +338,11 @@ class PGSVDConfig(LowRankConfig):
         for glob, budget in self.groups.items():
             group_budget(glob, budget)
         tolerances = [self.tolerance, *(budget.get("tolerance") for budget in self.groups.values())]
-        if self.allocation == "uniform" and any(tolerance is not None for tolerance in tolerances):
-            raise ConfigError("allocation='uniform' takes parameter_reduction, not tolerance; use allocation='pareto'")
+        given_tolerance = any(tolerance is not None for tolerance in tolerances)
+        if given_tolerance and not ALLOCATIONS.trait(self.allocation, "takes_tolerance"):
+            raise ConfigError(
+                f"allocation={self.allocation!r} takes parameter_reduction, not tolerance; use allocation='pareto'"
+            )
 
 
 def group_budget(glob: str, budget: Mapping[str, float]) -> Budget:

@@ -15,7 +15,7 @@ from .allocation import ALLOCATIONS, Ladder, smallest
 from .calibration import InMemory, Weights
 from .config import PGSVDConfig
 from .distributed import Peers
-from .errors import NonFiniteError
+from .errors import ConfigError, NonFiniteError
 from .linalg import singular_values
 from .structures import Budget, LayerPlan, LinearShape, RankPlan, SVDProfile
 from .targets import Target, Targets, first_match
@@ -35,18 +35,24 @@ def plan_ranks(
         targets: of `find_targets`.
         config: budget, groups, allocation and rank multiple.
         weights: asked for the weights of one block at a time; by default all are in memory.
-        profiles: of the targets' weights, where they are known already.
+        profiles: of the targets' weights, where they are known already; or as the loss sees them, for an allocation
+            that needs gradients.
 
     Returns:
         The plan over all targets, in model order.
 
     Raises:
-        ConfigError: a budget cannot be met, or a given rank does not fit its layer.
+        ConfigError: a budget cannot be met, a given rank does not fit its layer, or the allocation needs gradients.
         NonFiniteError: a weight holds NaN or infinity.
     """
     if config.ranks is not None:
         return given_ranks(targets.shapes, config.ranks)
     groups = budget_groups(targets, config)
+    if profiles is None and ALLOCATIONS.trait(config.allocation, "needs_curvature"):
+        raise ConfigError(
+            f"allocation={config.allocation!r} chooses ranks by gradients on a calibration set, so there is no plan "
+            "without one; compress the model, whose report has the ranks, or plan with allocation='pareto'"
+        )
     if profiles is None and ALLOCATIONS.trait(config.allocation, "needs_profiles"):
         profiles = measure_profiles(model, targets, weights)
     plans = (allocate_group(glob, shapes, profiles or {}, budget, config) for glob, (shapes, budget) in groups.items())

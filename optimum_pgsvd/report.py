@@ -36,6 +36,8 @@ class LayerReport:
             approximated in W's place, on the compressed inputs; `None` where no inputs were measured.
         tolerance: the ε it was planned with, if any.
         group: the glob of its budget, "" for the main one.
+        refined: error of its block's outputs on held-back batches, after refinement relative to before; `None` where
+            it was not refined. The errors above are those before.
         tokens: calibration tokens it saw.
         seconds: spent on factoring it.
     """
@@ -49,6 +51,7 @@ class LayerReport:
     activation_error: float | None = None
     tolerance: float | None = None
     group: str = ""
+    refined: float | None = None
     tokens: int = 0
     seconds: float = 0.0
 

@@ -97,7 +97,8 @@ class SVDProfile:
 
     Args:
         shape: of the weight.
-        values: singular values `(min(m, n),)`, descending, of the plain weight (the paper's profile).
+        values: singular values `(min(m, n),)`, descending, of the plain weight (the paper's profile), or of the
+            weight as the loss sees it (`weighted_spectrum`).
 
     Source:
         arXiv 2510.05544, Definition 1.
@@ -239,6 +240,13 @@ class Moments:
     gram: Tensor | None
     outputs: Tensor | None
     energies: Tensor
+
+    @property
+    def measured(self) -> Tensor:
+        """The one of the two that there is."""
+        value = self.outputs if self.gram is None else self.gram
+        assert value is not None
+        return value
 
 
 @dataclass(frozen=True)

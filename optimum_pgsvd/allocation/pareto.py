@@ -7,7 +7,7 @@ from .ladder import Ladder, climb
 from .registry import ALLOCATIONS
 
 
-@ALLOCATIONS.register("pareto", needs_profiles=True)
+@ALLOCATIONS.register("pareto", needs_profiles=True, needs_curvature=False, takes_tolerance=True)
 def pareto(
     shapes: Mapping[str, LinearShape], profiles: Mapping[str, SVDProfile], budget: Budget, rank_multiple: int
 ) -> RankPlan:

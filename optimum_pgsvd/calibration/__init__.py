@@ -1,9 +1,10 @@
 """What the model sees while it is measured: calibration data, the walk over its blocks, and second moments."""
 
 from .anchored import AnchoredRecorder
+from .curvature import measure_curvature
 from .data import calibration_fingerprint, load_calibration_set
 from .gram import GramRecorder, InputSurvey, measured_by_outputs
-from .walk import BlockWalk, InMemory, Weights
+from .walk import BlockWalk, InMemory, Replay, Step, Weights
 
 
 __all__ = [
@@ -12,8 +13,11 @@ __all__ = [
     "GramRecorder",
     "InMemory",
     "InputSurvey",
+    "Replay",
+    "Step",
     "calibration_fingerprint",
     "Weights",
     "load_calibration_set",
+    "measure_curvature",
     "measured_by_outputs",
 ]

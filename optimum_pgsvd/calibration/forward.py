@@ -25,8 +25,7 @@ def forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: bool
     Raises:
         CalibrationError: the model does not accept the batch.
     """
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    inputs = on_device(batch, model)
     if not whole and "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs.setdefault("logits_to_keep", 1)
     try:
@@ -38,6 +37,12 @@ def forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: bool
         raise CalibrationError(
             f"{type(model).__name__} does not accept calibration batch {number} with the inputs {given}: {error}"
         ) from error
+
+
+def on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A batch where the model takes its inputs."""
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 @contextmanager

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextvars
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
 from ..errors import CalibrationError
+from ..modeling_pgsvd import set_submodule
 from .anchored import AnchoredRecorder
 from .forward import evaluating, forward, kind
 from .gram import GramRecorder, InputObserver, InputSurvey
@@ -48,15 +51,17 @@ class Pass(greenlet):
     Args:
         walk: that it belongs to.
         number: of the batch.
+        recalls: whether to keep what a block gives until the next one has run.
     """
 
-    def __init__(self, walk: BlockWalk, number: int):
+    def __init__(self, walk: BlockWalk, number: int, recalls: bool = False):
         super().__init__(self._forward)
-        self.walk, self.number = walk, number
+        self.walk, self.number, self.recalls = walk, number, recalls
         self.padding = PaddingMask()
         self.at: str | None = None
         self.arguments: tuple[tuple, dict[str, Any]] = ((), {})
         self.calls: list[str] = []
+        self.outcome: Tensor | None = None
         # Context variables that a model sets in one pass are not seen in another.
         self.gr_context = contextvars.copy_context()
 
@@ -85,6 +90,47 @@ class Pass(greenlet):
         self.parent.switch()
         self.walk.enter(self, args, kwargs)
         self.arguments = ((), {})
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A block that was compressed, and one batch of its inputs and of the dense block's outputs.
+
+    Args:
+        walk: that stands before the block.
+        one: the pass whose inputs they are, behind the compressed blocks.
+        goal: the dense block's outputs `(T, k)`, padding left out.
+    """
+
+    walk: BlockWalk
+    one: Pass
+    goal: Tensor
+
+    def outputs(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """What the block gives `(T, k)` with some of its weights replaced, by name in the block."""
+        assert self.one.at is not None
+        return self.walk._observe(self.one.at, self.one, weights)
+
+
+@dataclass
+class Step:
+    """A block that all batches have passed, or a part of its layers.
+
+    Args:
+        block: its name; `None` for what lies outside of all.
+        recorder: of what was measured; `None` where nothing was to be.
+        last: whether nothing more of the block comes.
+        replays: to refine it by, where the walk recalls outputs.
+    """
+
+    block: str | None
+    recorder: Any
+    last: bool = True
+    replays: Sequence[Replay] = ()
+
+    def release(self) -> None:
+        """Let go of all that is large."""
+        self.recorder, self.replays = None, ()
 
 
 class BlockWalk(AbstractContextManager):
@@ -132,12 +178,13 @@ class BlockWalk(AbstractContextManager):
         for name, module in self.modules.items():
             before = module.register_forward_pre_hook(self._before(name), with_kwargs=True, prepend=True)
             self._stack.callback(before.remove)
-            self._stack.callback(module.register_forward_hook(self._after).remove)
         if self.keep is not None:
             inside = {inner for module in self.modules.values() for inner in list(module.modules())[1:]}
             for module in self.model.modules():
                 if module not in inside:
                     self._stack.callback(module.register_forward_hook(self.keep).remove)
+        for module in self.modules.values():
+            self._stack.callback(module.register_forward_hook(self._after).remove)
         return self
 
     def __exit__(self, *exception) -> None:
@@ -193,7 +240,7 @@ class BlockWalk(AbstractContextManager):
 
     def measure(
         self, recorder_of: Callable[[str], GramRecorder | None], outside: InputObserver | None = None
-    ) -> Iterator[tuple[str, GramRecorder | None]]:
+    ) -> Iterator[Step]:
         """Run all batches, and hand out each block with what was recorded of it once all of them have passed it.
 
         The block's layers may be replaced before the next one is asked for. In parallel calibration nothing that is
@@ -209,109 +256,165 @@ class BlockWalk(AbstractContextManager):
         """
         passes = [Pass(self, number) for number in self.numbers]
 
-        def run(block: str, one: Pass, recorder: GramRecorder | None) -> None:
+        def run(block: str, one: Pass, recorder: GramRecorder | None, last: bool) -> None:
             with recorder or ExitStack():
                 while one and one.at == block:
                     one.proceed()
 
         with outside or ExitStack():
-            yield from self._through_blocks(passes, recorder_of, run)
+            yield from self._through_blocks(passes, lambda block: [recorder_of(block)], run)
 
     def measure_anchored(
-        self, recorder_of: Callable[[str], AnchoredRecorder | None], outside: InputObserver | None = None
-    ) -> Iterator[tuple[str, AnchoredRecorder | None]]:
+        self,
+        recorders_of: Callable[[str], Sequence[AnchoredRecorder | None]],
+        outside: InputObserver | None = None,
+        recalls: bool = False,
+    ) -> Iterator[Step]:
         """As `measure`, for anchored calibration, with a second pass a batch through the compressed blocks.
+
+        A block is handed out once for each of its recorders. Its layers that the recorder saw are to be replaced
+        before the next one is asked for: what that records comes from them.
+
+        Args:
+            recorders_of: called before a block runs; in the order in which its layers do.
+            outside: as for `measure`.
+            recalls: whether to hand out what it takes to refine a block.
 
         Raises:
             CalibrationError: besides, a block is called more than once in a forward pass, or compressing sends a batch
                 another way through the model.
         """
         self._refuse_repeated()
-        dense, compressed = ([Pass(self, number) for number in self.numbers] for _ in range(2))
+        dense, compressed = ([Pass(self, number, recall) for number in self.numbers] for recall in (recalls, False))
         twins = dict(zip(self.numbers, compressed, strict=True))
+        replaced: dict[str, nn.Module] = {}
 
-        def run(block: str, one: Pass, recorder: AnchoredRecorder | None) -> None:
-            self._pair(block, one, twins[one.number], recorder, outside)
+        def run(block: str, one: Pass, recorder: AnchoredRecorder | None, last: bool) -> None:
+            with self._instead(replaced):
+                self._look_at_dense(block, one, twins[one.number], recorder, outside if last else None, last)
+            if recorder is not None:
+                recorder.pairing = "compressed"
+                with recorder:
+                    self._observe(block, twins[one.number])
 
         self._start(compressed)
-        for block, recorder in self._through_blocks(dense, recorder_of, run, outside):
-            yield block, recorder
-            recorder = None  # not held while the next block is measured
-            for one in compressed:
-                if one and one.at == block:
+        for step in self._through_blocks(dense, recorders_of, run, outside):
+            standing = [one for one in compressed if one and one.at == step.block]
+            if step.last:
+                pairs = zip(dense, compressed, strict=True)
+                step.replays = [
+                    Replay(self, t, d.outcome) for d, t in pairs if t in standing and d.outcome is not None
+                ]
+            if step.recorder is not None:
+                replaced |= step.recorder.layers
+            yield step
+            step.release()  # not held while the next block is measured
+            if step.last:
+                replaced.clear()
+                for one in standing:
                     one.proceed()
 
     def _through_blocks(
         self,
         passes: list[Pass],
-        recorder_of: Callable[[str], Any],
-        run: Callable[[str, Pass, Any], None],
+        recorders_of: Callable[[str], Sequence[Any]],
+        run: Callable[[str, Pass, Any, bool], None],
         at_start: InputObserver | None = None,
-    ) -> Iterator[tuple[str, Any]]:
-        """Send all passes through each block, and hand it out with its recorder, in memory, once none will come back.
+    ) -> Iterator[Step]:
+        """Send all passes through each block, and hand it out with its recorders, in memory, once none will come back.
 
         Passes are started here, where they are sent on, too: an error of PyTorch walks up the C stack, past where its
         greenlet begins, and may not find other calls there than those that started it.
 
         Args:
             passes: not started yet.
-            recorder_of: called before a block runs for the first time.
-            run: sends a pass through the block that it stands before, given the block's recorder.
+            recorders_of: called before a block runs for the first time.
+            run: shows a recorder what a pass makes of the block that it stands before, and sends it through if the
+                recorder is the block's last.
             at_start: sees the layers before the first block.
         """
         with at_start or ExitStack():
             self._start(passes)
-        recorders: dict[str, Any] = {}
+        recorders: dict[str, list[Any]] = {}
         passed: set[str] = set()
         while waiting := [one for one in passes if one]:
             block = self._next(waiting)
             _refuse_again(block, passed)
             self.weights.load(block)
             if block not in recorders:
-                recorders[block] = recorder_of(block)
-            for one in waiting:
-                if one.at == block:
-                    run(block, one, recorders[block])
+                recorders[block] = list(recorders_of(block))
+            here = [one for one in waiting if one.at == block]
+            while len(recorders[block]) > 1:
+                for one in here:
+                    run(block, one, recorders[block][0], False)
+                yield Step(block, recorders[block].pop(0), False)
+            for one in here:
+                run(block, one, recorders[block][0], True)
             if self._is_passed(block, passes):
                 passed.add(block)
-                yield block, recorders.pop(block)
+                yield Step(block, recorders.pop(block)[0])
             self.weights.release(block)
         for block in list(recorders):  # a batch passed it by that was expected to run it
             self.weights.load(block)
-            yield block, recorders.pop(block)
+            yield Step(block, recorders.pop(block)[0])
             self.weights.release(block)
 
-    def _pair(
+    def _look_at_dense(
         self,
         block: str,
         dense: Pass,
         compressed: Pass,
         recorder: AnchoredRecorder | None,
         outside: InputObserver | None,
+        send: bool,
     ) -> None:
-        """Run a dense block on the dense model's inputs, and on a copy of those that the compressed blocks produce."""
+        """Run a dense block on the dense model's inputs, and if wanted send the pass on."""
         if not compressed or compressed.at != block:
             raise CalibrationError(
                 f"batch {dense.number} reaches {block} in the dense model but not after compression, or batches with "
                 "the same inputs take several ways through the model; use calibration='parallel'"
             )
-        with ExitStack() as stack:
+        with recorder or ExitStack():
             if recorder is not None:
-                stack.enter_context(recorder).pairing = "dense"
+                recorder.pairing = "dense"
+            if not send:
+                self._observe(block, dense)
+                return
             with outside or ExitStack():
                 dense.proceed()
-            if recorder is not None:
-                recorder.pairing = "compressed"
-                self._observe(block, compressed)
 
-    def _observe(self, block: str, one: Pass) -> None:
-        """Run a block on a copy of what a pass that stands before it would give it, and forget its outputs."""
+    @contextmanager
+    def _instead(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Modules of the model by others, for a while."""
+        now = {name: self.model.get_submodule(name) for name in modules}
+        try:
+            for name, module in modules.items():
+                set_submodule(self.model, name, module)
+            yield
+        finally:
+            for name, module in now.items():
+                set_submodule(self.model, name, module)
+
+    def _observe(self, block: str, one: Pass, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Run a block on a copy of what a pass that stands before it would give it.
+
+        Args:
+            block: its name.
+            one: the pass.
+            weights: in the place of the block's own, by name.
+
+        Returns:
+            The first of its outputs `(T, k)`, padding left out.
+        """
         args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, one.arguments)
         self.running = one
         self.enter(one, args, kwargs)
-        self.modules[block](*args, **kwargs)
-        one.padding.leave_block()
-        self.running = None
+        try:
+            outputs = first_tensor(functional_call(self.modules[block], dict(weights or {}), args, kwargs))
+            return one.padding.rows(outputs, outputs)
+        finally:
+            one.padding.leave_block()
+            self.running = None
 
     def _start(self, passes: list[Pass]) -> None:
         self._passes += passes
@@ -361,7 +464,15 @@ class BlockWalk(AbstractContextManager):
     def _after(self, module: nn.Module, args: tuple, result: Any) -> None:
         one = getcurrent()
         if isinstance(one, Pass) and one.walk is self:
+            if one.recalls:
+                outputs = first_tensor(result)
+                one.outcome = one.padding.rows(outputs, outputs)
             one.padding.leave_block()
+
+
+def first_tensor(outputs: Any) -> Tensor:
+    """The first tensor of a module's outputs: the hidden state of a block."""
+    return next(leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
 
 
 def _refuse_again(block: str, passed: set[str]) -> None:

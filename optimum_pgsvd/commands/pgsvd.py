@@ -31,7 +31,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     budget.add_argument("--tolerance", type=float, help="relative error allowed in each layer, 0 to 1")
     budget.add_argument("--ranks", help="JSON file: rank by layer name or glob")
     how = parser.add_argument_group("allocation")
-    how.add_argument("--allocation", default="pareto", help="pareto (PGSVD, default) or uniform")
+    how.add_argument("--allocation", default="pareto", help="pareto (PGSVD, default), loss or uniform")
     how.add_argument(
         "--group",
         nargs=2,
@@ -54,6 +54,9 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
     how.add_argument("--tokenizer", help="folder or Hub name (default: the model's)")
     how.add_argument("--calibration", default="parallel", help="parallel (the paper, default) or anchored")
     how.add_argument("--blend", type=float, default=0.5, help="of anchored calibration: 1 aims at the dense outputs")
+    how.add_argument(
+        "--refine-steps", type=int, default=0, help="AdamW steps on each block's factors (default 0; needs anchored)"
+    )
     how.add_argument("--num-samples", type=int, default=256, help="calibration sequences (default 256)")
     how.add_argument(
         "--sequence-length", type=int, help="tokens in a sequence (default: the model's maximum, at most 2048)"
@@ -63,6 +66,7 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
     how.add_argument(
         "--solver", default="eigh", help="eigh (closed form, default), als (the paper's) or svd (no data)"
     )
+    how.add_argument("--objective", default="outputs", help="outputs (the paper, default) or loss (weighs errors)")
     how.add_argument("--num-iterations", type=int, default=10, help="ALS sweeps (default 10)")
 
 
@@ -276,7 +280,7 @@ def wants_stream(args: Namespace) -> bool:
 
     if args.stream is not None:
         return args.stream
-    if args.dataset == "self":
+    if args.dataset == "self" or "loss" in (args.objective, args.allocation):
         return False
     hub = {"revision": args.revision} if args.revision else {}
     # half as much again: factors beside their weights, activations, Gram matrices

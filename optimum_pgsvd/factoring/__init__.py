@@ -1,10 +1,11 @@
 """Factoring: one walk over the blocks, in which every planned layer is measured, solved and replaced."""
 
 from .blocks import factor, report_on
-from .job import Clock, InPlace, Job, Measuring, undone_on_error
+from .job import Clock, InPlace, Job, Measuring, everything, undone_on_error
 from .layer import check_reached
 from .measuring import measured
 from .request import Calibration, calibration_of, refuse_absent_weights
+from .sensitivity import curvature_of, loss_profiles, refuse_without_gradients
 
 
 __all__ = [
@@ -15,9 +16,13 @@ __all__ = [
     "Measuring",
     "calibration_of",
     "check_reached",
+    "curvature_of",
+    "everything",
     "factor",
+    "loss_profiles",
     "measured",
     "refuse_absent_weights",
+    "refuse_without_gradients",
     "report_on",
     "undone_on_error",
 ]

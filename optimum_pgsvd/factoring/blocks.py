@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..calibration import Step
 from ..card import base_model
 from ..logs import warn
 from ..planning import dense_weight
@@ -16,8 +18,9 @@ from ..report import CompressionReport, LayerReport, ModelSize, environment, pea
 from ..storing import empty_factors
 from ..structures import LowRankFactors, StoredFactors
 from .job import Job
-from .layer import Recorder, factor_layer, rank_to_solve
+from .layer import factor_layer, rank_to_solve
 from .measuring import measured, read
+from .refining import refine
 
 
 def factor(job: Job) -> tuple[list[LayerReport], list[str]]:
@@ -35,17 +38,23 @@ def factor(job: Job) -> tuple[list[LayerReport], list[str]]:
     """
     reports = {layer.name: layer for layer in planned_layers(job.plan)}
     total, passed = len(job.blocks) + bool(job.in_block(None)), 0
+    solved: list[LayerReport] = []
     with logging.tqdm(total=total, desc="Factoring", unit="block", disable=None) as progress:
-        for block, recorder in measured(job) if job.batches else read(job):
-            done = job.destination.restore(block)
+        for step in measured(job) if job.batches else read(job):
+            done = None if solved else job.destination.restore(step.block)
             if done is None:
                 with job.clock("factors"):
-                    done = factor_block(job, block, recorder, reports)
+                    solved += factor_layers(job, step, reports)
+                if not step.last:
+                    step.release()  # not held while the next layers are measured
+                    continue
+                done = refined(job, step, in_order(job, step.block, solved))
                 with job.clock("writing"):
-                    job.destination.finish(block, done)
+                    job.destination.finish(step.block, done)
             reports |= {layer.name: layer for layer in done}
-            recorder = None  # not held while the next block is measured
-            if block is not None or done:
+            solved = []
+            step.release()
+            if step.block is not None or done:
                 passed += 1
                 progress.update()
                 progress.set_postfix_str(pace(job, reports, passed / total))
@@ -53,21 +62,37 @@ def factor(job: Job) -> tuple[list[LayerReport], list[str]]:
     return list(reports.values()), notes_on_coverage(job, reports)
 
 
-def factor_block(
-    job: Job, block: str | None, recorder: Recorder | None, planned: Mapping[str, LayerReport]
-) -> list[LayerReport]:
-    """Factor and replace the layers of a block, each factored by one of the processes."""
-    layers = [planned[target.name] for target in job.in_block(block)]
+def in_order(job: Job, block: str | None, layers: Sequence[LayerReport]) -> list[LayerReport]:
+    """The layers of a block as the model has them."""
+    found = {layer.name: layer for layer in layers}
+    return [found[target.name] for target in job.in_block(block)]
+
+
+def refined(job: Job, step: Step, layers: list[LayerReport]) -> list[LayerReport]:
+    """The layers of a block after refinement, if that was asked for; what lies outside the blocks is left as it is."""
+    if not (job.config.refine_steps and step.replays) or all(layer.rank is None for layer in layers):
+        return layers
+    assert step.block is not None
+    with job.clock("refinement"):
+        gain = refine(job.model.get_submodule(step.block), step.replays, job.config.refine_steps, job.config.seed)
+    return [layer if layer.rank is None else replace(layer, refined=gain) for layer in layers]
+
+
+def factor_layers(job: Job, step: Step, planned: Mapping[str, LayerReport]) -> list[LayerReport]:
+    """Factor and replace the layers of a step, each factored by one of the processes."""
+    recorder = step.recorder
+    found = [t for t in job.in_block(step.block) if recorder is None or t.name in recorder.tokens]
+    layers = [planned[target.name] for target in found]
     if recorder is not None and job.peers.size > 1:
         recorder.sum_over(job.peers)
-    owners = job.peers.share_out({t.name: t.shape.solving_cost for t in job.in_block(block)})
+    owners = job.peers.share_out({target.name: target.shape.solving_cost for target in found})
     mine = [layer for layer in layers if owners[layer.name] == job.peers.rank]
     reports, solved = {}, {}
     for layer in mine if job.peers.size > 1 else ():
-        reports[layer.name], solved[layer.name] = factor_layer(job.model, layer, recorder, job.config)
+        reports[layer.name], solved[layer.name] = factor_layer(job, layer, recorder)
     for layer in layers:
         if job.peers.size == 1:  # only one layer's factors exist beside the dense weights
-            reports[layer.name], solved[layer.name] = factor_layer(job.model, layer, recorder, job.config)
+            reports[layer.name], solved[layer.name] = factor_layer(job, layer, recorder)
         factors = exchanged(job, layer, solved.pop(layer.name, None), owners[layer.name])
         if layer.rank is None:
             assert job.elastic is not None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration import InMemory, Weights
@@ -18,7 +18,7 @@ from ..elastic import Elastic
 from ..measurements import Measurements
 from ..modeling_pgsvd import set_submodule
 from ..report import LayerReport
-from ..structures import RankPlan
+from ..structures import LayerPlan, RankPlan
 from ..targets import Target, Targets
 
 
@@ -139,17 +139,24 @@ class Job(Measuring):
     Args:
         measurements: made before, in the place of batches.
         elastic: takes the factors of the targets that stay dense.
+        curvature: of `measure_curvature`, where the factors are to minimise the loss.
     """
 
     destination: Destination
     measurements: Measurements | None = None
     elastic: Elastic | None = None
+    curvature: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def factored(self) -> list[Target]:
         """The targets that the plan gives a rank, and for an elastic checkpoint all that factors make smaller."""
         also = self.elastic is not None
         return [t for t in self.targets.found if t.name in self.plan.ranks or (also and t.shape.largest_saving_rank)]
+
+
+def everything(targets: Targets) -> RankPlan:
+    """A plan in which no layer is left out, for measuring all of them."""
+    return RankPlan({target.name: LayerPlan(target.shape, target.shape.full_rank) for target in targets.found})
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calibration import GramRecorder
 from ..config import PGSVDConfig
@@ -15,25 +15,29 @@ from ..linalg import relative_weight_error
 from ..measurements import StoredMoments
 from ..planning import dense_weight
 from ..report import LayerReport
-from ..solvers import SOLVERS, eigh_of_outputs
+from ..solvers import SOLVERS, eigh_of_loss, eigh_of_outputs
 from ..storing import activation_error, stored
 from ..structures import LinearShape, LowRankFactors, Moments, StoredFactors
+from .job import Job
 
 
 Recorder = GramRecorder | StoredMoments
 
 
-def factor_layer(
-    model: nn.Module, layer: LayerReport, recorder: Recorder | None, config: PGSVDConfig
-) -> tuple[LayerReport, StoredFactors]:
+def factor_layer(job: Job, layer: LayerReport, recorder: Recorder | None) -> tuple[LayerReport, StoredFactors]:
     """Factor one layer; errors are those of the factors as stored, after rounding to the model's dtype."""
-    start = time.perf_counter()
-    weight = dense_weight(model, layer.name)
+    start, config = time.perf_counter(), job.config
+    weight = dense_weight(job.model, layer.name)
     if recorder is not None:
         check_reached(recorder, [layer.name])
     moments = recorder.moments(layer.name) if recorder else None
     goal = recorder.goal(layer.name, weight) if recorder else weight
-    factors = stored(solve(goal, moments, rank_to_solve(layer), config), moments, config.storage, weight.dtype)
+    factors = stored(
+        solve(goal, moments, job.curvature.get(layer.name), rank_to_solve(layer), config),
+        moments,
+        config.storage,
+        weight.dtype,
+    )
     if layer.rank is not None:
         layer = replace(
             layer,
@@ -49,8 +53,12 @@ def rank_to_solve(layer: LayerReport) -> int:
     return layer.rank or LinearShape(*layer.shape).largest_saving_rank
 
 
-def solve(goal: Tensor, moments: Moments | None, rank: int, config: PGSVDConfig) -> LowRankFactors:
-    """The factors of one layer, by the config's solver."""
+def solve(
+    goal: Tensor, moments: Moments | None, curvature: Tensor | None, rank: int, config: PGSVDConfig
+) -> LowRankFactors:
+    """The factors of one layer, by the config's solver and objective."""
+    if moments is not None and curvature is not None:
+        return eigh_of_loss(goal, moments, curvature, rank)
     if moments is not None and moments.outputs is not None:
         return eigh_of_outputs(goal, moments.outputs, moments.energies, rank)
     gram = None if moments is None else moments.gram

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..calibration import AnchoredRecorder, BlockWalk, GramRecorder, InputSurvey, Weights, measured_by_outputs
+from torch import nn
+
+from ..calibration import AnchoredRecorder, BlockWalk, GramRecorder, InputSurvey, Step, Weights, measured_by_outputs
 from ..distributed import Peers
 from ..errors import CalibrationError
 from ..measurements import StoredMoments
 from ..solvers import SOLVERS
 from .job import Clock, Job, Measuring
-from .layer import Recorder, unreached
+from .layer import unreached
 
 
-def read(job: Job) -> Iterator[tuple[str | None, Recorder | None]]:
+def read(job: Job) -> Iterator[Step]:
     """Every block, and what lies outside of all, with what was measured of them before, if the solver needs it."""
 
     def recorder_of(block: str | None) -> StoredMoments | None:
@@ -23,12 +26,12 @@ def read(job: Job) -> Iterator[tuple[str | None, Recorder | None]]:
     for block in job.blocks:
         if not job.destination.is_finished(block):
             job.destination.weights.load(block)
-        yield block, recorder_of(block)
+        yield Step(block, recorder_of(block))
         job.destination.weights.release(block)
-    yield None, recorder_of(None)
+    yield Step(None, recorder_of(None))
 
 
-def measured(job: Measuring) -> Iterator[tuple[str | None, GramRecorder | None]]:
+def measured(job: Measuring) -> Iterator[Step]:
     """The blocks as the model runs them, and what lies outside of all, each with what the calibration set says."""
     outside = job.layers(None)
     anchored = job.config.calibration == "anchored"
@@ -44,21 +47,24 @@ def measured(job: Measuring) -> Iterator[tuple[str | None, GramRecorder | None]]
         del survey  # it holds every dense layer
         beside = GramRecorder(outside, walk.rows, leaders)
 
-        def recorder_of(block: str) -> GramRecorder | None:
-            return None if destination.is_finished(block) else recorder(job, block, walk, leaders)
+        def recorders_of(block: str) -> Sequence[Any]:
+            return [None] if destination.is_finished(block) else recorders(job, block, walk, leaders)
 
-        blocks: Iterator[Any] = (walk.measure_anchored if anchored else walk.measure)(recorder_of, beside)  # type: ignore[arg-type]
-        yield from timed(in_step(blocks, walk.blocks, recorder_of, destination.weights, job.peers), job.clock, "grams")
-        yield None, beside
+        if anchored:
+            steps = walk.measure_anchored(recorders_of, beside, bool(job.config.refine_steps))
+        else:
+            steps = walk.measure(lambda block: recorders_of(block)[0], beside)
+        yield from timed(in_step(steps, walk.blocks, recorders_of, destination.weights, job.peers), job.clock, "grams")
+        yield Step(None, beside)
 
 
 def in_step(
-    blocks: Iterator[tuple[str, GramRecorder | None]],
+    steps: Iterator[Step],
     order: Sequence[str],
-    recorder_of: Callable[[str], GramRecorder | None],
+    recorders_of: Callable[[str], Sequence[Any]],
     weights: Weights,
     peers: Peers,
-) -> Iterator[tuple[str, GramRecorder | None]]:
+) -> Iterator[Step]:
     """The blocks as they come; where there are several processes, all blocks in one order in each of them.
 
     A process whose batches do not run a block has recorded nothing of it.
@@ -67,33 +73,62 @@ def in_step(
         CalibrationError: batches run the blocks in different orders.
     """
     if peers.size == 1:
-        yield from blocks
+        yield from steps
         return
-    coming = next(blocks, None)
+    coming = next(steps, None)
     for block in order:
-        if coming is None or coming[0] != block:
-            weights.load(block)
-            yield block, recorder_of(block)
-            weights.release(block)
-            continue
-        yield coming
-        coming = next(blocks, None)
+        if coming is None or coming.block != block:
+            yield from without_batches(block, recorders_of(block), weights)
+        while coming is not None and coming.block == block:
+            yield coming
+            coming = next(steps, None)
     if coming is not None:
         raise CalibrationError(
-            f"some batches run {coming[0]} earlier than others do; compress with one process, or give batches with "
+            f"some batches run {coming.block} earlier than others do; compress with one process, or give batches with "
             "the same inputs"
         )
 
 
-def recorder(job: Measuring, block: str, walk: BlockWalk, leaders: Mapping[str, str]) -> GramRecorder:
-    """What records the moments of a block's layers."""
+def without_batches(block: str, recorders: Sequence[Any], weights: Weights) -> Iterator[Step]:
+    """The steps of a block that no batch of this process runs."""
+    weights.load(block)
+    for recorder in recorders:
+        yield Step(block, recorder, recorder is recorders[-1])
+    weights.release(block)
+
+
+def recorders(job: Measuring, block: str, walk: BlockWalk, leaders: Mapping[str, str]) -> Sequence[GramRecorder]:
+    """What records the moments of a block's layers, one after the other."""
     layers = job.layers(block)
     if job.config.calibration == "anchored":
-        return AnchoredRecorder(layers, walk.rows, leaders, job.config.blend)
+        parts = stages(layers, leaders)
+        return [AnchoredRecorder(part, walk.rows, leaders, job.config.blend) for part in parts]
     # Of all targets, not of those to factor: what is measured of a layer must not depend on the budget.
     shapes = {t.name: (t.shape.out_features, t.shape.in_features) for t in job.targets.found if t.block == block}
     fewer = measured_by_outputs(shapes, leaders) if SOLVERS.trait(job.config.solver, "takes_outputs") else set()
-    return GramRecorder(layers, walk.rows, leaders, fewer & layers.keys())
+    return [GramRecorder(layers, walk.rows, leaders, fewer & layers.keys())]
+
+
+def stages(layers: Mapping[str, nn.Module], leaders: Mapping[str, str]) -> list[dict[str, nn.Module]]:
+    """Layers in the order in which they run, those in one stage that share an input or stand for one another.
+
+    Layers stand for one another whose names differ in numbers only, as those of several experts do.
+
+    Args:
+        layers: of a block.
+        leaders: in the order of the calls, the first layer that is fed the same tensor.
+    """
+    found: list[dict[str, nn.Module]] = []
+    stage_of: dict[str, dict[str, nn.Module]] = {}
+    for name in sorted(layers, key=list(leaders).index):
+        keys = (leaders[name], re.sub(r"\d+", "*", name))
+        stage = next((stage_of[key] for key in keys if key in stage_of), None)
+        if stage is None:
+            stage = {}
+            found.append(stage)
+        stage[name] = layers[name]
+        stage_of |= dict.fromkeys(keys, stage)
+    return found
 
 
 def timed(items: Iterator[Any], clock: Clock, step: str) -> Iterator[Any]:

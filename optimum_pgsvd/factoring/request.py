@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..calibration import calibration_fingerprint, load_calibration_set
 from ..config import PGSVDConfig
 from ..distributed import Peers
-from ..errors import CalibrationError, UnsupportedModelError
+from ..errors import CalibrationError, DistributedError, UnsupportedModelError
 from ..measurements import Measurements, measurements_of
 from ..targets import Targets
 
@@ -55,10 +55,17 @@ def check_shares(calibration: Calibration, config: PGSVDConfig) -> None:
     """Find in every process what keeps several of them from working together.
 
     Raises:
-        CalibrationError: there are fewer batches than processes.
-        DistributedError: they have another request or another calibration set.
+        CalibrationError: there are fewer batches than processes, or none to hold back from refinement.
+        DistributedError: refinement is asked for, or they have another request or another calibration set.
     """
     peers, batches = Peers(), calibration.batches
+    if config.refine_steps and peers.size > 1:
+        raise DistributedError(f"refine_steps={config.refine_steps} works in one process only; start one, or give 0")
+    if config.refine_steps and len(batches) == 1:
+        raise CalibrationError(
+            f"refine_steps={config.refine_steps} needs two calibration batches, one of them to hold back; lower "
+            f"batch_size={config.batch_size}, or give more data"
+        )
     if peers.size > 1:
         peers.refuse_different("config", config.to_dict())
         peers.refuse_different("calibration set", calibration.fingerprint)

@@ -14,6 +14,7 @@ from .projection import output_projection, projection_of_outputs
 from .relative_error import relative_activation_error, relative_output_error, relative_weight_error
 from .spectra import relative_tails, singular_values, symmetric_eigen
 from .svd import balanced, truncated_svd
+from .weighted import weighted_projection, weighted_spectrum
 
 
 __all__ = [
@@ -34,5 +35,7 @@ __all__ = [
     "singular_values",
     "symmetric_eigen",
     "truncated_svd",
+    "weighted_projection",
+    "weighted_spectrum",
     "working_dtype",
 ]

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from ..linalg import balanced, output_projection, projection_of_outputs
-from ..structures import LowRankFactors
+from ..linalg import balanced, output_projection, projection_of_outputs, weighted_projection
+from ..structures import LowRankFactors, Moments
 from .registry import SOLVERS
 
 
-@SOLVERS.register("eigh", needs_gram=True, takes_outputs=True, nested=True)
+@SOLVERS.register("eigh", needs_gram=True, takes_outputs=True, nested=True, takes_curvature=True)
 def eigh(weight: Tensor, gram: Tensor, rank: int, num_iterations: int) -> LowRankFactors:
     """Global optimum of the objective that ALS iterates on, from one eigendecomposition.
 
@@ -39,3 +39,18 @@ def eigh_of_outputs(weight: Tensor, moment: Tensor, energies: Tensor, rank: int)
         As `eigh`.
     """
     return LowRankFactors(*balanced(*projection_of_outputs(weight, moment, energies, rank)))
+
+
+def eigh_of_loss(weight: Tensor, moments: Moments, curvature: Tensor, rank: int) -> LowRankFactors:
+    """The optimum where errors of outputs are measured by what they cost the loss.
+
+    Args:
+        weight: `(m, n)`.
+        moments: of the layer.
+        curvature: of `measure_curvature`, `(k, k)` with k = min(m, n).
+        rank: 1 … min(m, n).
+
+    Returns:
+        As `eigh`.
+    """
+    return LowRankFactors(*balanced(*weighted_projection(weight, moments.measured, moments.energies, curvature, rank)))

@@ -11,11 +11,10 @@ from torch import nn
 from ..calibration import GramRecorder
 from ..distributed import Peers
 from ..errors import ConfigError
-from ..factoring import Clock, Measuring, check_reached, measured
+from ..factoring import Clock, Measuring, check_reached, everything, measured, refuse_without_gradients
 from ..measurements import INDEX, Measurements, write_block, write_index
 from ..planning import profile_of
-from ..structures import LayerPlan, RankPlan
-from ..targets import Targets, find_blocks
+from ..targets import find_blocks
 from .run import Options, Run, refuse_taken
 from .source import StreamedModel
 from .spill import Spill
@@ -95,11 +94,11 @@ def carry_out(run: Run, work: Workspace) -> None:
     with work.scratch() as scratch, weights:
         destination = ToMeasurements(weights, work, Spill(scratch, run.options.activation_memory))
         job = Measuring(model, run.targets, plan, run.calibration.batches, run.config, clock, destination, blocks)
-        for block, recorder in measured(job):
+        for step in measured(job):
             weights.release_large()  # no forward pass is under way
-            if not destination.is_finished(block) and recorder is not None:
-                measure_block(job, block, recorder, os.path.join(work.checkpoint, file_name(block)))
-                work.keep_block(block, [], clock.seconds)
+            if not destination.is_finished(step.block) and step.recorder is not None:
+                measure_block(job, step.block, step.recorder, os.path.join(work.checkpoint, file_name(step.block)))
+                work.keep_block(step.block, [], clock.seconds)
 
 
 def measure_block(job: Measuring, block: str | None, recorder: GramRecorder, path: str) -> None:
@@ -120,11 +119,6 @@ def file_name(block: str | None) -> str:
     return f"{block or 'outside'}.safetensors"
 
 
-def everything(targets: Targets) -> RankPlan:
-    """A plan in which no layer is left out."""
-    return RankPlan({target.name: LayerPlan(target.shape, target.shape.full_rank) for target in targets.found})
-
-
 def is_finished(output: str, request: Any) -> bool:
     """Whether a folder holds the measurements that are asked for."""
     return os.path.exists(os.path.join(output, INDEX)) and not differences(Measurements(output).request, request)
@@ -134,6 +128,7 @@ def refuse_unmeasurable(config: Any) -> None:
     """Raise `ConfigError` where there is nothing that could be measured beforehand."""
     if not config.needs_dataset:
         raise ConfigError(f"solver={config.solver!r} uses no data, so there is nothing to measure")
+    refuse_without_gradients(config, "which are not measured beforehand")
     if config.calibration == "anchored":
         raise ConfigError(
             "calibration='anchored' measures each block behind the compressed ones before it, which depends on the "

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..config import PGSVDConfig
 from ..distributed import Peers
 from ..errors import CalibrationError, CheckpointError, ConfigError
-from ..factoring import Calibration, Clock, Job, calibration_of, factor, report_on
+from ..factoring import Calibration, Clock, Job, calibration_of, factor, refuse_without_gradients, report_on
 from ..measurements import profiles_at_hand
 from ..planning import check_budgets, plan_ranks
 from ..replace import replace_linear
@@ -111,6 +111,7 @@ class Run:
         targets = find_targets(source.model, config)
         check_budgets(targets, config)
         refuse_sampling(config)
+        refuse_without_gradients(config, "which needs the whole model in memory")
         with clock("data"):
             calibration = calibration_of(source.model, targets, config, options.tokenizer)
         request = {
