@@ -15,6 +15,10 @@ from .gram import GramRecorder, Rows
 from .moments import SecondMoment, precise
 
 
+class Seen(BaseException):
+    """Nothing more of a forward pass is of interest."""
+
+
 class AnchoredRecorder(GramRecorder):
     """Accumulates, over paired runs of a block, what anchored calibration needs of each layer's inputs.
 
@@ -33,11 +37,23 @@ class AnchoredRecorder(GramRecorder):
     def __init__(self, layers: Mapping[str, nn.Module], rows: Rows, leaders: Mapping[str, str] | None, blend: float):
         super().__init__(layers, rows, leaders)
         self.blend, self.pairing = blend, "dense"
+        self.awaited: set[str] = set()
         self._dense: dict[str, list[Tensor]] = {name: [] for name in layers}
         self._differences = {name: SecondMoment() for name in layers}
 
     def see(self, name: str, x: Tensor) -> None:
-        """Keep a dense input; add a compressed one with the dense one that it pairs with."""
+        """Keep a dense input; add a compressed one with the dense one that it pairs with.
+
+        Raises:
+            Seen: it was the last of the layers that were awaited.
+        """
+        self._take(name, x)
+        if name in self.awaited:
+            self.awaited.remove(name)
+            if not self.awaited:
+                raise Seen
+
+    def _take(self, name: str, x: Tensor) -> None:
         if self.pairing == "dense":
             if self.leads(name, x):
                 # a copy: the block may change its input in place

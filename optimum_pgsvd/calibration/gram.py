@@ -71,9 +71,19 @@ class InputSurvey(InputObserver):
     def __init__(self, layers: Mapping[str, nn.Module], rows: Rows):
         super().__init__(layers, rows)
         self.tokens = dict.fromkeys(layers, 0)
+        self.passes = 0
         self._inputs: dict[str, list[int]] = {}
         self._last: tuple[Tensor | None, int] = (None, 0)
         self._number = 0
+
+    def __enter__(self):
+        self.passes += 1
+        return super().__enter__()
+
+    @property
+    def once(self) -> frozenset[str]:
+        """Layers that a forward pass calls no more than once, if it is entered for one at a time."""
+        return frozenset(name for name, inputs in self._inputs.items() if len(inputs) <= self.passes)
 
     @property
     def unseen(self) -> list[str]:

@@ -17,7 +17,7 @@ from transformers import Cache
 
 from ..errors import CalibrationError
 from ..modeling_pgsvd import set_submodule
-from .anchored import AnchoredRecorder
+from .anchored import AnchoredRecorder, Seen
 from .forward import evaluating, forward, kind
 from .gram import GramRecorder, InputObserver, InputSurvey
 from .padding import PaddingMask, reads_tokens
@@ -109,7 +109,7 @@ class Replay:
     def outputs(self, weights: Mapping[str, Tensor]) -> Tensor:
         """What the block gives `(T, k)` with some of its weights replaced, by name in the block."""
         assert self.one.at is not None
-        return self.walk._observe(self.one.at, self.one, weights)
+        return self.walk._replay(self.one.at, self.one, weights)
 
 
 @dataclass
@@ -167,6 +167,7 @@ class BlockWalk(AbstractContextManager):
         self.modules = {name: model.get_submodule(name) for name in blocks}
         self.running: Pass | None = None
         self.order: dict[str, int] = {}
+        self.once: frozenset[str] = frozenset()
         self._of_tokens = {name: reads_tokens(model, name) for name in blocks}
         self._expected: dict[frozenset[str], Counter[str]] = {}
         self._ways: list[list[str]] = []
@@ -223,6 +224,7 @@ class BlockWalk(AbstractContextManager):
             self._expected[kind(batch)] = Counter(calls) | self._expected.get(kind(batch), Counter())
             self._ways.append(calls)
         self.order = {block: place for place, block in enumerate(merged(self._ways))}
+        self.once = survey.once
         return survey
 
     def _through(self, one: Pass) -> list[str]:
@@ -295,7 +297,7 @@ class BlockWalk(AbstractContextManager):
             if recorder is not None:
                 recorder.pairing = "compressed"
                 with recorder:
-                    self._observe(block, twins[one.number])
+                    self._observe(block, twins[one.number], recorder)
 
         self._start(compressed)
         for step in self._through_blocks(dense, recorders_of, run, outside):
@@ -377,8 +379,8 @@ class BlockWalk(AbstractContextManager):
         with recorder or ExitStack():
             if recorder is not None:
                 recorder.pairing = "dense"
-            if not send:
-                self._observe(block, dense)
+            if recorder is not None and not send:
+                self._observe(block, dense, recorder)
                 return
             with outside or ExitStack():
                 dense.proceed()
@@ -395,7 +397,17 @@ class BlockWalk(AbstractContextManager):
             for name, module in now.items():
                 set_submodule(self.model, name, module)
 
-    def _observe(self, block: str, one: Pass, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def _observe(self, block: str, one: Pass, recorder: AnchoredRecorder) -> None:
+        """Let a recorder see its layers in a block, run as a pass that stands before it would, as far as need be."""
+        recorder.awaited = set(recorder.layers) if recorder.layers.keys() <= self.once else set()
+        try:
+            self._replay(block, one, {})
+        except Seen:
+            pass
+        finally:
+            recorder.awaited = set()
+
+    def _replay(self, block: str, one: Pass, weights: Mapping[str, Tensor]) -> Tensor:
         """Run a block on a copy of what a pass that stands before it would give it.
 
         Args:
@@ -410,7 +422,7 @@ class BlockWalk(AbstractContextManager):
         self.running = one
         self.enter(one, args, kwargs)
         try:
-            outputs = first_tensor(functional_call(self.modules[block], dict(weights or {}), args, kwargs))
+            outputs = first_tensor(functional_call(self.modules[block], dict(weights), args, kwargs))
             return one.padding.rows(outputs, outputs)
         finally:
             one.padding.leave_block()

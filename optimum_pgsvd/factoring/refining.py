@@ -13,7 +13,7 @@ from ..modeling_pgsvd import low_rank_layers
 
 
 # Largest step of an entry, relative to the root mean square of its tensor.
-RATE = 0.03
+RATE = 0.01
 # Steps in which the rate rises to that; it falls to zero along a cosine after them.
 WARM_UP = 5
 # One batch in so many is held back, at least one.
