@@ -147,8 +147,10 @@ class Run:
         with work.scratch() as scratch, weights:
             spill = Spill(scratch, self.options.activation_memory)
             disk = ToDisk(weights, checkpoint, work, spill, self.clock, self.config.calibration == "anchored")
-            job = Job(model, self.targets, plan, self.calibration.batches, self.config, self.clock, disk, blocks)
-            job.measurements, job.elastic = self.calibration.measurements, elastic
+            batches, measurements = self.calibration.batches, self.calibration.measurements
+            job = Job(
+                model, self.targets, plan, batches, self.config, self.clock, disk, blocks, peers, measurements, elastic
+            )
             layers, notes = factor(job)
             disk.finish_rest()
         report = report_on(job, layers, notes, before, checkpoint.outline, self.request)
