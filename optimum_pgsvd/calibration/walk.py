@@ -104,8 +104,8 @@ class Pass(greenlet):
             raise CalibrationError(f"{block} was called with a key-value cache; switch use_cache off in the batches")
         if torch.is_inference_mode_enabled() != self._infers:
             raise CalibrationError(
-                f"{block} runs in an inference_mode of the model's own, in which a forward pass cannot wait for those of "
-                "other batches; let the model use torch.no_grad()"
+                f"{block} runs in an inference_mode of the model's own, in which a forward pass cannot wait for those "
+                "of other batches; let the model use torch.no_grad()"
             )
         self.at, self.arguments = block, (args, kwargs)
         self.calls.append(block)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..calibration import GramRecorder
 from ..config import PGSVDConfig
 from ..errors import CalibrationError
-from ..linalg import relative_activation_error, relative_output_error, relative_weight_error
+from ..linalg import relative_activation_error, relative_errors, relative_output_error, relative_weight_error
 from ..measurements import StoredMoments
 from ..planning import dense_weight
 from ..report import LayerReport
@@ -34,11 +34,8 @@ def factor_layer(
     goal = recorder.goal(layer.name, weight) if recorder else weight
     factors = solve(goal, moments, rank_to_solve(layer), config).to(weight.dtype)
     if layer.rank is not None:
-        layer = replace(
-            layer,
-            weight_error=relative_weight_error(weight, factors.left, factors.right),
-            activation_error=None if moments is None else activation_error(goal, factors, moments),
-        )
+        weight_error, activation_error = errors(weight, goal, factors, moments)
+        layer = replace(layer, weight_error=weight_error, activation_error=activation_error)
     tokens = recorder.tokens[layer.name] if recorder else 0
     return replace(layer, tokens=tokens, seconds=time.perf_counter() - start), factors
 
@@ -56,12 +53,20 @@ def solve(goal: Tensor, moments: Moments | None, rank: int, config: PGSVDConfig)
     return SOLVERS[config.solver](goal, gram, rank, config.num_iterations)  # type: ignore[arg-type]
 
 
-def activation_error(goal: Tensor, factors: LowRankFactors, moments: Moments) -> float:
-    """The relative error of a layer's outputs, by whatever was measured of it."""
+def errors(
+    weight: Tensor, goal: Tensor, factors: LowRankFactors, moments: Moments | None
+) -> tuple[float, float | None]:
+    """The relative errors of a layer's weight, and of its outputs by whatever was measured of it."""
+    left, right = factors.left, factors.right
+    if goal is weight and moments is not None and moments.gram is not None:
+        return relative_errors(weight, left, right, moments.gram)
+    weight_error = relative_weight_error(weight, left, right)
+    if moments is None:
+        return weight_error, None
     if moments.gram is not None:
-        return relative_activation_error(goal, factors.left, factors.right, moments.gram)
+        return weight_error, relative_activation_error(goal, left, right, moments.gram)
     assert moments.outputs is not None
-    return relative_output_error(goal, factors.left, factors.right, moments.outputs, moments.energies)
+    return weight_error, relative_output_error(goal, left, right, moments.outputs, moments.energies)
 
 
 def check_reached(recorder: Recorder, names: Sequence[str]) -> None:
