@@ -139,9 +139,9 @@ class Run:
             self.clock.seconds[step] = self.clock.seconds.get(step, 0.0) + seconds
         model, blocks = self.source.model, find_blocks(self.source.model)
         weights, before = StreamedWeights(self.source, blocks), ModelSize.of(model)
-        peers = Peers()
+        peers = work.peers
         elastic = SideFileWriter(work.checkpoint, model, peers.is_main) if self.config.elastic else None
-        plan = work.plan or self._planned(work, weights, elastic, peers)
+        plan = work.plan or self._planned(work, weights, elastic)
         size = self.options.max_shard_size
         checkpoint = CompressedCheckpoint(work.checkpoint, model, plan, self.config, size, peers, elastic)
         with work.scratch() as scratch, weights:
@@ -158,16 +158,14 @@ class Run:
             checkpoint.finish(report, self.options.tokenizer, scratch)
         return report
 
-    def _planned(
-        self, work: Workspace, weights: StreamedWeights, elastic: SideFileWriter | None, peers: Peers
-    ) -> RankPlan:
+    def _planned(self, work: Workspace, weights: StreamedWeights, elastic: SideFileWriter | None) -> RankPlan:
         """A new plan, on disk; and before it, with an elastic checkpoint, the profiles that it was made from."""
         model = self.source.model
         with self.clock("plan"), weights:
             profiles = profiles_at_hand(model, self.targets, self.config, self.calibration.measurements, weights)
             plan = plan_ranks(model, self.targets, self.config, weights, profiles)
         if elastic is not None and profiles is not None:
-            peers.from_main(lambda: elastic.begin(plan, profiles))
+            work.peers.from_main(lambda: elastic.begin(plan, profiles))
         work.keep_plan(plan)
         return plan
 
