@@ -101,12 +101,12 @@ def factor(layer: Layer) -> Factors:
 
 
 def errors(layer: Layer, factors: Factors) -> tuple[float, float]:
-    from optimum_pgsvd.linalg import relative_activation_error, relative_output_error, relative_weight_error
+    from optimum_pgsvd.linalg import relative_errors, relative_output_error, relative_weight_error
 
     weight, gram, outputs, _ = layer
     left, right = (f.to(layer.weight.dtype) for f in factors)
     if outputs is None:
-        return relative_weight_error(weight, left, right), relative_activation_error(weight, left, right, gram)
+        return relative_errors(weight, left, right, gram)
     activation_error = relative_output_error(weight, left, right, outputs, gram.diagonal())
     return relative_weight_error(weight, left, right), activation_error
 

@@ -203,6 +203,22 @@ def test_odd_models_see_it_too(name: str):
     assert_compressed_inputs_are_seen(model, batches, 0.5)
 
 
+class Autocast(Toy):
+    """Casts products to half precision for as long as it runs its blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            for layer in self.layers:
+                x = layer(x)
+        return x
+
+
+def test_blocks_that_run_under_autocast():
+    """Both streams do, and without it other inputs would be seen."""
+    model, batches = toy(lambda: Autocast(Layer(), Layer(), Layer())), toy_batches(2)
+    assert_streams_are_one(model, batches)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["images first", "texts first"])
 def test_images_and_texts(order: tuple[int, int]):
     kinds = FAMILIES["llava"].batches(2), FAMILIES["llama"].batches(2, seed=1)

@@ -19,6 +19,7 @@ from optimum_pgsvd.linalg import (
     output_projection,
     projection_of_outputs,
     relative_activation_error,
+    relative_errors,
     relative_output_error,
     relative_tails,
     relative_weight_error,
@@ -433,6 +434,19 @@ def test_relative_errors_are_those_of_the_matrices_written_out(case):
             assert relative_activation_error(case.weight, *factors, case.gram) == pytest.approx(
                 reference.relative_outputs_error(case.weight, product, case.inputs), rel=1e-9, abs=3e-7
             )
+
+
+@each_case
+def test_both_relative_errors_are_those_of_each_alone(case):
+    for rank in case.ranks:
+        factors = truncated_svd(case.weight, rank)
+        plain, outputs = relative_errors(case.weight, *factors, case.gram)
+        product = factors[0] @ factors[1]
+        expected = reference.relative_weight_error(case.weight, product)
+        assert plain == pytest.approx(expected, rel=1e-12, abs=1e-13)
+        assert plain == relative_weight_error(case.weight, *factors)
+        expected = reference.relative_outputs_error(case.weight, product, case.inputs)
+        assert outputs == pytest.approx(expected, rel=1e-9, abs=3e-7)
 
 
 def test_relative_activation_error_is_zero_where_the_outputs_are():

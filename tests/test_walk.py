@@ -682,6 +682,99 @@ def test_context_variables_of_one_pass_are_not_seen_in_another() -> None:
     assert outside == [1.0, 1.0]
 
 
+# Modes
+
+
+class Autocast(Toy):
+    """Casts products to half precision for as long as it runs its blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            for layer in self.layers:
+                x = layer(x)
+        return x @ torch.eye(6, dtype=x.dtype)
+
+
+class Records(Toy):
+    """Records gradients for as long as it runs its blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            for layer in self.layers:
+                x = layer(x)
+        return x * 2
+
+
+def modes() -> tuple[bool, bool, torch.dtype]:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+
+@pytest.mark.parametrize("kind", [Autocast, Records])
+def test_modes_of_one_pass_hold_in_it_alone(kind: type) -> None:
+    model, batches = toy(lambda: kind(Layer(), Layer())), toy_batches(3)
+    before, between, outputs = modes(), [], []
+    expected = plain_calls(model, batches)
+    with torch.no_grad():
+        results = [model(**batch) for batch in batches]
+    hook = model.register_forward_hook(lambda module, args, y: outputs.append((y, modes())))
+    order, calls = walked(model, batches, lambda block: between.append(modes()))
+    hook.remove()
+    for one, other in zip(of_batches(calls, 3), expected, strict=True):
+        assert_same_calls(one, other)
+        assert [y.requires_grad for call in one for y in call.outputs] == [kind is Records] * 2
+    inside = (False, False, before[2])  # a walk records no gradients by itself
+    assert between == [inside] * 2
+    assert [found for _, found in outputs] == [inside] * 4  # of the survey, too
+    assert all(torch.equal(y, result) for (y, _), result in zip(outputs[1:], results, strict=True))
+    assert modes() == before
+
+
+def test_casting_makes_a_difference_where_it_is_on() -> None:
+    """A positive control of the test above."""
+    x = toy_batches(1)[0]["x"]
+    cast, plain = (toy(lambda kind=kind: kind(Layer(), Layer())) for kind in (Autocast, Toy))
+    assert (cast(2 * x) - plain(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [Autocast, Records])
+@pytest.mark.parametrize("measure", [BlockWalk.measure, BlockWalk.measure_anchored])
+def test_passes_that_are_given_up_leave_no_mode_behind(measure: Callable, kind: type) -> None:
+    model, batches = toy(lambda: kind(Layer(), Layer(), Layer())), toy_batches(3)
+    before = modes()
+    with surveyed(model, batches) as walk:
+        next(measure(walk, nothing))
+        assert modes() == (False, False, before[2])
+    assert modes() == before
+
+
+class Infers(Toy):
+    """Runs its blocks in a mode that cannot be left and entered again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            for layer in self.layers:
+                x = layer(x)
+        return x
+
+
+def test_inference_mode_around_blocks_is_refused_and_around_a_walk_is_not() -> None:
+    model, batches = toy(lambda: Infers(Layer(), Layer())), toy_batches(2)
+    with pytest.raises(CalibrationError, match=r"^layers.0 runs in an inference_mode of the model's own"):
+        walked(model, batches)
+    assert not torch.is_inference_mode_enabled()
+    with torch.inference_mode():
+        assert walked(toy(lambda: Toy(Layer(), Layer())), batches)[0] == ["layers.0", "layers.1"]
+
+
+def test_moments_are_not_summed_in_half_precision() -> None:
+    model, batches = toy(lambda: Autocast(Layer(), Layer())), toy_batches(2)
+    inputs = [calls[0].copies[0].reshape(-1, 6).double() for calls in plain_calls(model, batches)]
+    with surveyed(model, batches) as walk:
+        measured = walk.measure(lambda block: GramRecorder(linears(model, f"{block}."), walk.rows))
+        gram = next(measured)[1].moments("layers.0.dense").gram
+    torch.testing.assert_close(gram, sum(x.T @ x for x in inputs), rtol=1e-6, atol=1e-6)
+
+
 def test_context_variables_that_are_set_around_a_walk_hold_inside_it() -> None:
     model, batches = toy(lambda: Toy(Reads(), Reads())), toy_batches(2)
 

@@ -27,6 +27,8 @@ Rows = Callable[[Tensor, Tensor], Tensor]
 class InputObserver:
     """Sees the input of every named layer while it is entered as a context.
 
+    Sums are not rounded as products are where the model runs under autocast.
+
     Args:
         layers: linear layers by name.
         rows: leaves padding out.
@@ -40,7 +42,9 @@ class InputObserver:
         for name, layer in self.layers.items():
 
             def hook(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
-                self.see(name, given(args, kwargs))
+                x = given(args, kwargs)
+                with torch.autocast(x.device.type, enabled=False):
+                    self.see(name, x)
 
             self._hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         return self
@@ -142,7 +146,8 @@ class GramRecorder(InputObserver):
         for name in self.by_outputs:
 
             def hook(module: nn.Module, args: tuple, kwargs: dict, outputs: Tensor, name: str = name) -> None:
-                self.see_outputs(name, given(args, kwargs), outputs)
+                with torch.autocast(outputs.device.type, enabled=False):
+                    self.see_outputs(name, given(args, kwargs), outputs)
 
             self._hooks.callback(self.layers[name].register_forward_hook(hook, with_kwargs=True).remove)
         return super().__enter__()

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -20,6 +21,7 @@ from ..modeling_pgsvd import set_submodule
 from .anchored import AnchoredRecorder, Seen
 from .forward import evaluating, forward, kind
 from .gram import GramRecorder, InputObserver, InputSurvey
+from .modes import Modes
 from .padding import PaddingMask, reads_tokens
 
 
@@ -62,8 +64,10 @@ class Pass(greenlet):
         self.arguments: tuple[tuple, dict[str, Any]] = ((), {})
         self.calls: list[str] = []
         self.outcome: Tensor | None = None
-        # Context variables that a model sets in one pass are not seen in another.
+        # Context variables and modes that a model sets in one pass are not seen in another.
         self.gr_context = contextvars.copy_context()
+        self.modes = Modes.current()
+        self._infers = torch.is_inference_mode_enabled()
 
     def _forward(self) -> None:
         batch = self.walk.batches[self.number]
@@ -76,15 +80,38 @@ class Pass(greenlet):
         before, self.walk.running = self.walk.running, self
         self.parent = getcurrent()
         try:
-            self.switch()
+            with self.in_its_modes():
+                self.switch()
         finally:
             self.walk.running = before
+
+    def give_up(self) -> None:
+        """Leave the forward pass where it stands."""
+        self.parent = getcurrent()
+        with self.in_its_modes():
+            self.throw()
+
+    @contextmanager
+    def in_its_modes(self) -> Iterator[None]:
+        """A context in which PyTorch's modes are those that the model has set in this pass."""
+        around = Modes.current()
+        self.modes.set()
+        try:
+            yield
+        finally:
+            self.modes = Modes.current()
+            around.set()
 
     def stop_before(self, block: str, args: tuple, kwargs: dict[str, Any]) -> None:
         """Called by a block's hook: wait until the pass is sent on."""
         leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda value: isinstance(value, Cache))
         if any(isinstance(leaf, Cache) for leaf in leaves):
             raise CalibrationError(f"{block} was called with a key-value cache; switch use_cache off in the batches")
+        if torch.is_inference_mode_enabled() != self._infers:
+            raise CalibrationError(
+                f"{block} runs in an inference_mode of the model's own, in which a forward pass cannot wait for those "
+                "of other batches; let the model use torch.no_grad()"
+            )
         self.at, self.arguments = block, (args, kwargs)
         self.calls.append(block)
         self.parent.switch()
@@ -192,8 +219,7 @@ class BlockWalk(AbstractContextManager):
         with self._stack:
             for one in self._passes:
                 if one:
-                    one.parent = getcurrent()
-                    one.throw()
+                    one.give_up()
             self._passes.clear()
 
     @property
@@ -421,8 +447,10 @@ class BlockWalk(AbstractContextManager):
         args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, one.arguments)
         self.running = one
         self.enter(one, args, kwargs)
+        grad = torch.is_grad_enabled()
         try:
-            outputs = first_tensor(functional_call(self.modules[block], dict(weights), args, kwargs))
+            with one.in_its_modes(), torch.set_grad_enabled(grad):
+                outputs = first_tensor(functional_call(self.modules[block], dict(weights), args, kwargs))
             return one.padding.rows(outputs, outputs)
         finally:
             one.padding.leave_block()

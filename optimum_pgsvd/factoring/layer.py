@@ -11,12 +11,12 @@ from torch import Tensor
 from ..calibration import GramRecorder
 from ..config import PGSVDConfig
 from ..errors import CalibrationError
-from ..linalg import relative_weight_error
+from ..linalg import relative_activation_error, relative_errors, relative_output_error, relative_weight_error
 from ..measurements import StoredMoments
 from ..planning import dense_weight
 from ..report import LayerReport
 from ..solvers import SOLVERS, eigh_of_loss, eigh_of_outputs
-from ..storing import activation_error, stored
+from ..storing import stored
 from ..structures import LinearShape, LowRankFactors, Moments, StoredFactors
 from .job import Job
 
@@ -39,11 +39,8 @@ def factor_layer(job: Job, layer: LayerReport, recorder: Recorder | None) -> tup
         weight.dtype,
     )
     if layer.rank is not None:
-        layer = replace(
-            layer,
-            weight_error=relative_weight_error(weight, factors.left, factors.right),
-            activation_error=None if moments is None else activation_error(goal, factors, moments),
-        )
+        weight_error, activation_error = errors(weight, goal, factors, moments)
+        layer = replace(layer, weight_error=weight_error, activation_error=activation_error)
     tokens = recorder.tokens[layer.name] if recorder else 0
     return replace(layer, tokens=tokens, seconds=time.perf_counter() - start), factors
 
@@ -63,6 +60,22 @@ def solve(
         return eigh_of_outputs(goal, moments.outputs, moments.energies, rank)
     gram = None if moments is None else moments.gram
     return SOLVERS[config.solver](goal, gram, rank, config.num_iterations)  # type: ignore[arg-type]
+
+
+def errors(
+    weight: Tensor, goal: Tensor, factors: StoredFactors, moments: Moments | None
+) -> tuple[float, float | None]:
+    """The relative errors of a layer's weight, and of its outputs by whatever was measured of it."""
+    left, right = factors.left, factors.right
+    if goal is weight and moments is not None and moments.gram is not None:
+        return relative_errors(weight, left, right, moments.gram)
+    weight_error = relative_weight_error(weight, left, right)
+    if moments is None:
+        return weight_error, None
+    if moments.gram is not None:
+        return weight_error, relative_activation_error(goal, left, right, moments.gram)
+    assert moments.outputs is not None
+    return weight_error, relative_output_error(goal, left, right, moments.outputs, moments.energies)
 
 
 def check_reached(recorder: Recorder, names: Sequence[str]) -> None:

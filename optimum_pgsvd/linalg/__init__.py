@@ -11,7 +11,7 @@ from .pivoting import INDEX, pivot_rows
 from .precision import working_dtype
 from .products import add_product, add_self_product, mirror_upper
 from .projection import output_projection, projection_of_outputs
-from .relative_error import relative_activation_error, relative_output_error, relative_weight_error
+from .relative_error import relative_activation_error, relative_errors, relative_output_error, relative_weight_error
 from .spectra import relative_tails, singular_values, symmetric_eigen
 from .svd import balanced, truncated_svd
 from .weighted import weighted_projection, weighted_spectrum
@@ -29,6 +29,7 @@ __all__ = [
     "pivot_rows",
     "projection_of_outputs",
     "relative_activation_error",
+    "relative_errors",
     "relative_output_error",
     "relative_tails",
     "relative_weight_error",

@@ -43,14 +43,31 @@ def relative_activation_error(weight: Tensor, left: Tensor, right: Tensor, gram:
     Returns:
         A number from 0 up; computed in the layer's dtype.
     """
+    return relative_errors(weight, left, right, gram)[1]
+
+
+def relative_errors(weight: Tensor, left: Tensor, right: Tensor, gram: Tensor) -> tuple[float, float]:
+    """`relative_weight_error` and `relative_activation_error` at once: `W − left right` is multiplied out once.
+
+    Args:
+        weight: `(m, n)`.
+        left: `(m, r)`.
+        right: `(r, n)`.
+        gram: `(n, n)`, `Xᵀ X`, float32 or float64.
+
+    Returns:
+        Both; computed in the layer's dtype.
+    """
     dtype = layer_dtype(weight, gram)
     folded = gram.to(dtype, copy=True).tril_()
     folded.diagonal().mul_(0.5)
-    error = energy = 0.0
+    plain_error = plain_energy = error = energy = 0.0
     for rows, difference in differences(weight, left, right, dtype):
         error += quadratic(difference, folded)
         energy += quadratic(rows, folded)
-    return relative(error, energy)
+        plain_error += total(difference.square_())
+        plain_energy += total(rows.square_())
+    return relative(plain_error, plain_energy), relative(error, energy)
 
 
 def relative_output_error(weight: Tensor, left: Tensor, right: Tensor, moment: Tensor, energies: Tensor) -> float:

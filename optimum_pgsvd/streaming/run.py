@@ -140,16 +140,18 @@ class Run:
             self.clock.seconds[step] = self.clock.seconds.get(step, 0.0) + seconds
         model, blocks = self.source.model, find_blocks(self.source.model)
         weights, before = StreamedWeights(self.source, blocks), ModelSize.of(model)
-        peers = Peers()
+        peers = work.peers
         elastic = SideFileWriter(work.checkpoint, model, peers.is_main) if self.config.elastic else None
-        plan = work.plan or self._planned(work, weights, elastic, peers)
+        plan = work.plan or self._planned(work, weights, elastic)
         size = self.options.max_shard_size
         checkpoint = CompressedCheckpoint(work.checkpoint, model, plan, self.config, size, peers, elastic)
         with work.scratch() as scratch, weights:
             spill = Spill(scratch, self.options.activation_memory)
             disk = ToDisk(weights, checkpoint, work, spill, self.clock, self.config.calibration == "anchored")
-            job = Job(model, self.targets, plan, self.calibration.batches, self.config, self.clock, disk, blocks)
-            job.measurements, job.elastic = self.calibration.measurements, elastic
+            batches, measurements = self.calibration.batches, self.calibration.measurements
+            job = Job(
+                model, self.targets, plan, batches, self.config, self.clock, disk, blocks, peers, measurements, elastic
+            )
             layers, notes = factor(job)
             disk.finish_rest()
         report = report_on(job, layers, notes, before, checkpoint.outline, self.request)
@@ -157,16 +159,14 @@ class Run:
             checkpoint.finish(report, self.options.tokenizer, scratch)
         return report
 
-    def _planned(
-        self, work: Workspace, weights: StreamedWeights, elastic: SideFileWriter | None, peers: Peers
-    ) -> RankPlan:
+    def _planned(self, work: Workspace, weights: StreamedWeights, elastic: SideFileWriter | None) -> RankPlan:
         """A new plan, on disk; and before it, with an elastic checkpoint, the profiles that it was made from."""
         model = self.source.model
         with self.clock("plan"), weights:
             profiles = profiles_at_hand(model, self.targets, self.config, self.calibration.measurements, weights)
             plan = plan_ranks(model, self.targets, self.config, weights, profiles)
         if elastic is not None and profiles is not None:
-            peers.from_main(lambda: elastic.begin(plan, profiles))
+            work.peers.from_main(lambda: elastic.begin(plan, profiles))
         work.keep_plan(plan)
         return plan
 
