@@ -392,12 +392,13 @@ def factor_layer(
         check_reached(recorder, [layer.name])
     moments = recorder.moments(layer.name) if recorder else None
     goal = recorder.goal(layer.name, weight) if recorder else weight
-    factors = stored(solve(goal, moments, rank_to_solve(layer), config), moments, config.storage, weight.dtype)
+    solved = solve(goal, moments, rank_to_solve(layer), config)
+    factors = stored(solved, moments, config.storage, weight.dtype)
     if layer.rank is not None:
         layer = replace(
             layer,
             weight_error=relative_weight_error(weight, factors.left, factors.right),
-            activation_error=None if moments is None else activation_error(goal, factors, moments),
+            activation_error=None if moments is None else activation_error(goal, solved, factors, moments),
         )
     tokens = recorder.tokens[layer.name] if recorder else 0
     return replace(layer, tokens=tokens, seconds=time.perf_counter() - start), factors

@@ -240,7 +240,8 @@ def test_to_dict_is_a_copy_and_every_view_agrees_with_it():
     fields = config.to_dict()
     assert dict(config) == json.loads(config.to_json_string()) == json.loads(json.dumps(fields)) == fields
     assert config.to_diff_dict() == fields
-    assert fields.keys() == vars(config).keys() - {"record"}
+    assert fields.keys() == vars(config).keys() - {"record", "storage"}
+    assert request(storage="pivoted").to_dict().keys() == vars(config).keys() - {"record"}
     fields["groups"]["a"]["tolerance"] = 0.9
     fields["modules_to_not_convert"].append("x")
     assert config.groups == {"a": {"tolerance": 0.1}}
