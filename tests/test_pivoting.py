@@ -80,21 +80,21 @@ def test_two_runs_give_the_same_bytes():
 # Rounding
 
 
-def weighted(errors: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
-    """`e H eᵀ` of every row."""
-    return ((errors.double() @ metric) * errors.double()).sum(1)
+def weighted(errors: torch.Tensor, metric: torch.Tensor) -> float:
+    """`tr(E H Eᵀ)`."""
+    return float(((errors @ metric) * errors).sum())
 
 
 @each_dtype
-def test_rounding_comes_near_the_best_of_all_neighbours(dtype):
-    """Of four coupled columns; in the sum within a quarter of the best, where plain rounding has more than twice."""
-    matrix, root = gaussian(40, 4, seed=0), gaussian(4, 4, seed=1) + 1
+def test_rounding_comes_near_the_best_that_there_is(dtype):
+    """Of four coupled columns; what is tried ends three steps away, so that a little less is possible."""
+    matrix, root = gaussian(40, 4, seed=0), gaussian(4, 4, seed=1) + 0.5
     metric = root @ root.T
     rounded = round_in_metric(matrix, metric, dtype)
     assert rounded.dtype == dtype
     best = sum(reference.best_rounding(row, metric, dtype) for row in matrix)
-    assert best * 0.999 <= float(weighted(matrix - rounded.double(), metric).sum()) < 1.25 * best
-    assert float(weighted(matrix - matrix.to(dtype).double(), metric).sum()) > 2 * best
+    assert 0.85 * best < weighted(matrix - rounded.double(), metric) < 1.1 * best
+    assert weighted(matrix - matrix.to(dtype).double(), metric) > 3.5 * best
 
 
 @each_dtype
