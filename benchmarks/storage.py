@@ -4,8 +4,8 @@
     python benchmarks/storage.py times [--repeats 9]        # forward passes of LLaMA-like layers, and the conversion
 
 Added errors are `‖(Ŵ − W_r) Xᵀ‖ / ‖W Xᵀ‖` of what is stored against the exact product, and, where a layer runs in half
-precision, the same of the outputs of its forward pass. Forward passes are timed in turn, dense, factors and pivoted, so
-that what else the machine does falls on all alike; the ratios are to dense, of medians over the repeats.
+precision, the same of the outputs of its forward pass. Forward passes are timed in turn, dense, factors and pivoted,
+so that what else the machine does falls on all alike; the ratios are to dense, of medians over the repeats.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def trained() -> Iterator[tuple[str, Tensor, Tensor]]:
         grams: dict[str, Tensor] = {}
         for layer in find_targets(model, PGSVDConfig(tolerance=0.5)).names:
 
-            def add(module: nn.Module, args: tuple[Tensor], layer: str = layer) -> None:
+            def add(module: nn.Module, args: tuple[Tensor], layer: str = layer, grams: dict = grams) -> None:
                 rows = args[0].flatten(0, -2).double()
                 grams[layer] = grams.get(layer, 0) + rows.T @ rows
 
