@@ -1,11 +1,11 @@
-"""How the factors of a layer are stored: rounded as they are, or as some rows of their product and the others'."""
+"""How the factors of a layer are stored: as they are, or as some rows of their product and what makes the others."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .linalg import INDEX, pivot_rows, relative_activation_error, relative_output_error
+from .linalg import INDEX, pivoted, pseudo_inverse, relative_activation_error, relative_output_error
 from .structures import LowRankFactors, Moments, PivotedFactors, StoredFactors
 
 
@@ -28,10 +28,20 @@ def stored(factors: LowRankFactors, moments: Moments | None, storage: str, dtype
     """
     if storage == "factors":
         return factors.to(dtype)
-    order, coefficients = pivot_rows(factors.left.double())
-    pivots = factors.left.double()[order.argsort()[: factors.rank]]
-    basis = pivots @ factors.right.double()
-    return PivotedFactors(basis.to(dtype), coefficients.to(dtype), order)
+    gram = None if moments is None else moments.gram
+    return PivotedFactors(*pivoted(factors.left, factors.right, inner_moment(factors, moments), gram, dtype))
+
+
+def inner_moment(factors: LowRankFactors, moments: Moments | None) -> Tensor:
+    """`right G rightᵀ (r, r)`, the second moment between two factors; with G = I where none was measured."""
+    right = factors.right
+    if moments is None:
+        return right @ right.T
+    if moments.gram is not None:
+        return right @ (moments.gram.to(right.dtype) @ right.T)
+    assert moments.outputs is not None
+    inverse = pseudo_inverse(factors.left)
+    return inverse @ moments.outputs.to(right.dtype) @ inverse.T
 
 
 def empty_factors(weight: Tensor, rank: int, storage: str) -> StoredFactors:
@@ -43,9 +53,23 @@ def empty_factors(weight: Tensor, rank: int, storage: str) -> StoredFactors:
     return PivotedFactors(weight.new_empty(rank, n), weight.new_empty(m - rank, rank), order)
 
 
-def activation_error(goal: Tensor, factors: StoredFactors, moments: Moments) -> float:
-    """The relative error of a layer's outputs, by whatever was measured of it."""
+def activation_error(goal: Tensor, factors: LowRankFactors, kept: StoredFactors, moments: Moments) -> float:
+    """The relative error of a layer's outputs, by whatever was measured of it.
+
+    Args:
+        goal: the weight that was approximated.
+        factors: of the solver.
+        kept: what is stored of them.
+        moments: of the layer.
+    """
     if moments.gram is not None:
-        return relative_activation_error(goal, factors.left, factors.right, moments.gram)
+        return relative_activation_error(goal, kept.left, kept.right, moments.gram)
     assert moments.outputs is not None
-    return relative_output_error(goal, factors.left, factors.right, moments.outputs, moments.energies)
+    outputs = None if isinstance(kept, LowRankFactors) else basis_outputs(factors, kept)
+    return relative_output_error(goal, kept.left, kept.right, moments.outputs, moments.energies, outputs)
+
+
+def basis_outputs(factors: LowRankFactors, kept: PivotedFactors) -> Tensor:
+    """`C (r, m)` that makes the basis, as it was before rounding, of the weight whose closed form the factors are."""
+    left = kept.left.to(factors.left.dtype)
+    return torch.linalg.solve(left.T @ left, left.T @ factors.left) @ pseudo_inverse(factors.left)

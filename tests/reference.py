@@ -91,6 +91,36 @@ def als(weight: Tensor, gram: Tensor, rank: int, sweeps: int) -> Tensor:
     return left @ right
 
 
+# Pivoted storage
+
+
+def row_by_row(basis: Tensor, coefficients: Tensor, order: Tensor) -> Tensor:
+    """Ŵ of pivoted storage: each row is a row of the basis, or is made of all of them."""
+    rows = []
+    for place in order.tolist():
+        if place < len(basis):
+            rows.append(basis[place].double())
+        else:
+            terms = coefficients[place - len(basis)].double()
+            rows.append(sum(c * b for c, b in zip(terms, basis.double(), strict=True)))
+    return torch.stack(rows)
+
+
+def best_rounding(row: Tensor, metric: Tensor, dtype: torch.dtype, steps: int = 3) -> float:
+    """The least `(a − q) H (a − q)ᵀ` over q whose entries are at most some steps from the nearest; all are tried."""
+    choices = []
+    for entry in row.double():
+        found = [entry.to(dtype)]
+        for side in (-math.inf, math.inf):
+            value = found[0]
+            for _ in range(steps):
+                value = torch.nextafter(value, torch.tensor(side, dtype=dtype))
+                found.append(value)
+        choices.append(torch.stack(found).double())
+    errors = row.double() - torch.cartesian_prod(*choices)
+    return float(((errors @ metric) * errors).sum(1).min())
+
+
 # Allocation
 
 
@@ -105,14 +135,24 @@ class Option(NamedTuple):
 Choice = dict[str, Option]
 
 
-def saving_ranks(m: int, n: int, rank_multiple: int) -> list[int]:
-    """Every multiple of `rank_multiple` whose factors are smaller than the weight."""
-    return [rank for rank in range(1, min(m, n) + 1) if rank % rank_multiple == 0 and rank * m + rank * n < m * n]
+def stored_parameters(m: int, n: int, rank: int, storage: str) -> int:
+    """Entries of what is stored: two factors, or some rows and the coefficients of the others."""
+    shapes = {"factors": [(m, rank), (rank, n)], "pivoted": [(rank, n), (m - rank, rank)]}[storage]
+    return sum(rows * columns for rows, columns in shapes)
 
 
-def layer_options(m: int, n: int, errors: Sequence[float], rank_multiple: int) -> list[Option]:
+def saving_ranks(m: int, n: int, rank_multiple: int, storage: str = "factors") -> list[int]:
+    """Every multiple of `rank_multiple` that is stored in less than the weight."""
+    ranks = [rank for rank in range(1, min(m, n) + 1) if rank % rank_multiple == 0]
+    return [rank for rank in ranks if stored_parameters(m, n, rank, storage) < m * n]
+
+
+def layer_options(
+    m: int, n: int, errors: Sequence[float], rank_multiple: int, storage: str = "factors"
+) -> list[Option]:
     """Every rank that saves parameters, then dense; `errors[r]` is e(r)."""
-    factored = [Option(rank, rank * (m + n), errors[rank]) for rank in saving_ranks(m, n, rank_multiple)]
+    ranks = saving_ranks(m, n, rank_multiple, storage)
+    factored = [Option(rank, stored_parameters(m, n, rank, storage), errors[rank]) for rank in ranks]
     return [*factored, Option(None, m * n, 0.0)]
 
 
@@ -158,12 +198,16 @@ def least_total_error(options: Mapping[str, list[Option]], limit: int) -> float 
     return min(totals, default=None)
 
 
-def one_fraction_for_all(shapes: Mapping[str, tuple[int, int]], rank_multiple: int, limit: int) -> Choice | None:
+def one_fraction_for_all(
+    shapes: Mapping[str, tuple[int, int]], rank_multiple: int, limit: int, storage: str = "factors"
+) -> Choice | None:
     """The largest plan within a budget that keeps at most a fraction κ of every layer; every κ that matters is tried.
 
     A layer keeps its smallest option where κ is smaller still.
     """
-    options = {name: layer_options(m, n, [0.0] * (min(m, n) + 1), rank_multiple) for name, (m, n) in shapes.items()}
+    options = {
+        name: layer_options(m, n, [0.0] * (min(m, n) + 1), rank_multiple, storage) for name, (m, n) in shapes.items()
+    }
 
     def at_fraction(fraction: Fraction) -> Choice:
         within = {

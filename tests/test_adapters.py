@@ -12,10 +12,10 @@ peft = pytest.importorskip("peft")
 IDS = torch.arange(3, 40)[None]
 
 
-@pytest.fixture
-def checkpoint(tmp_path, tokenizer):
+@pytest.fixture(params=["factors", "pivoted"])
+def checkpoint(request, tmp_path, tokenizer):
     model = FAMILIES["llama"].build()
-    config = PGSVDConfig(parameter_reduction=0.3, dataset=FAMILIES["llama"].batches(4))
+    config = PGSVDConfig(parameter_reduction=0.3, dataset=FAMILIES["llama"].batches(4), storage=request.param)
     PGSVDCompressor(config).compress(model, tokenizer=tokenizer)
     model.save_pretrained(tmp_path / "compressed")
     return tmp_path / "compressed"
@@ -43,7 +43,7 @@ def test_all_linear_finds_both_factors_and_learns(checkpoint):
     adapted = {
         name.removesuffix(".lora_A.default") for name, _ in model.named_modules() if name.endswith("lora_A.default")
     }
-    assert all(name.endswith((".left", ".right")) for name in adapted)
+    assert all(name.endswith((".left", ".right", ".basis", ".coefficients")) for name in adapted)
     assert len(adapted) == 2 * len(model.config.quantization_config.ranks)
     assert losses[-1] < 0.8 * losses[0]
 

@@ -38,16 +38,22 @@ def spectrum(shape: tuple[int, int], seed: int) -> torch.Tensor:
     return values.sort(descending=True)[0]
 
 
+def storage_of(seed: int) -> str:
+    return ("factors", "pivoted")[seed % 2]
+
+
 def profiles_of(shapes: dict[str, tuple[int, int]], seed: int) -> dict[str, SVDProfile]:
     return {
-        name: SVDProfile(LinearShape(*shape), spectrum(shape, seed + i))
+        name: SVDProfile(LinearShape(*shape, storage_of(seed)), spectrum(shape, seed + i))
         for i, (name, shape) in enumerate(shapes.items())
     }
 
 
 def options_of(profiles: dict[str, SVDProfile], rank_multiple: int) -> dict[str, list[reference.Option]]:
     return {
-        name: reference.layer_options(p.shape.out_features, p.shape.in_features, p.errors.tolist(), rank_multiple)
+        name: reference.layer_options(
+            p.shape.out_features, p.shape.in_features, p.errors.tolist(), rank_multiple, p.shape.storage
+        )
         for name, p in profiles.items()
     }
 
@@ -83,10 +89,10 @@ def next_up(chosen: reference.Option, options: list[reference.Option]) -> refere
 
 
 @many
-@given(sizes, multiples)
-def test_a_ladder_holds_every_saving_multiple_and_dense(shape, rank_multiple):
-    ladder = Ladder.of(LinearShape(*shape), rank_multiple)
-    assert list(ladder.ranks) == [*reference.saving_ranks(*shape, rank_multiple), None]
+@given(sizes, multiples, st.sampled_from(["factors", "pivoted"]))
+def test_a_ladder_holds_every_saving_multiple_and_dense(shape, rank_multiple, storage):
+    ladder = Ladder.of(LinearShape(*shape, storage), rank_multiple)
+    assert list(ladder.ranks) == [*reference.saving_ranks(*shape, rank_multiple, storage), None]
 
 
 @many
@@ -319,7 +325,8 @@ def test_uniform_is_the_largest_plan_of_one_fraction(shapes, seed, reduction, ra
     steps = [o.parameters / layer[-1].parameters for layer in options.values() for o in layer[1:]]
     assume(len({round(step, 12) for step in steps}) == len(steps) or len(shapes) == 1)
     plan = try_reduction("uniform", profiles, reduction, rank_multiple)
-    expected = reference.one_fraction_for_all(shapes, rank_multiple, reference.budget(shapes, reduction))
+    limit = reference.budget(shapes, reduction)
+    expected = reference.one_fraction_for_all(shapes, rank_multiple, limit, storage_of(seed))
     assert (plan and plan.ranks) == (expected and {n: o.rank for n, o in expected.items() if o.rank is not None})
 
 

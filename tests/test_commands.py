@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from optimum_pgsvd import CheckpointError, CompressionReport, ConfigError, PGSVDCompressor, PGSVDConfig
@@ -80,6 +81,35 @@ def test_plan_writes_json_and_touches_nothing(dense, tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert 0.4 <= plan["targets"]["parameter_reduction"] < 0.42
     assert {path: path.read_bytes() for path in dense.iterdir()} == before
+
+
+def test_storage_is_planned_compressed_and_inspected(dense, corpus, tmp_path):
+    arguments = ["--model", dense, "--parameter-reduction", 0.4, "--storage", "pivoted"]
+    run("plan", *arguments, "--json", tmp_path / "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert 0.4 <= plan["targets"]["parameter_reduction"] < 0.42
+    run("compress", *arguments, "--dataset", corpus, "--sequence-length", 32, "--output", tmp_path / "out")
+    report, contents = CompressionReport.load(tmp_path / "out"), read_contents(tmp_path / "out")
+    assert [layer.rank for layer in report.layers] == [layer["rank"] for layer in plan["layers"]]
+    assert (report.model_after.parameters, report.model_after.bytes) == tuple(plan["model_after"].values())
+    shapes = {layer.name: (layer.shape[0], layer.rank, layer.shape[1]) for layer in report.layers if layer.rank}
+    assert contents.factors == shapes
+    printed = run("inspect", tmp_path / "out").stdout
+    # the files hold one element more for each layer, its tripwire
+    held = report.model_after.parameters + len(shapes)
+    assert f"{len(shapes)} low-rank layers, stored as pivoted; {held:,} parameters in the files" in printed
+
+
+@pytest.mark.parametrize("part", ["basis.weight", "coefficients.weight", "order"])
+def test_inspect_names_what_does_not_fit_a_rank(part, dense, tmp_path):
+    config = PGSVDConfig(parameter_reduction=0.4, solver="svd", storage="pivoted")
+    AutoModelForCausalLM.from_pretrained(dense, quantization_config=config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(key for key in tensors if key.endswith(f"up_proj.{part}"))
+    tensors[name] = tensors[name][1:].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=name.removesuffix(f".{part}").replace(".", r"\.") + " rank"):
+        read_contents(tmp_path)
 
 
 def test_ranks_from_a_file(dense, corpus, tmp_path):

@@ -35,11 +35,17 @@ def assert_same(model, other, batch):
         assert torch.equal(a, b)
 
 
+PIVOTED = ("llama", "gpt2", "t5", "clip", "mixtral")
+each_family_and_storage = pytest.mark.parametrize(
+    ("name", "storage"), [*((name, "factors") for name in FAMILIES), *((name, "pivoted") for name in PIVOTED)]
+)
+
+
 @pytest.mark.filterwarnings("ignore:.*offloaded")
-@pytest.mark.parametrize("name", FAMILIES)
-def test_saved_and_reloaded_model_is_bit_equal(name, tmp_path):
+@each_family_and_storage
+def test_saved_and_reloaded_model_is_bit_equal(name, storage, tmp_path):
     family = FAMILIES[name]
-    model, report, batch = compressed(family)
+    model, report, batch = compressed(family, storage=storage)
     assert len(low_rank_layers(model)) == sum(layer.rank is not None for layer in report.layers) > 0
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     config = json.loads((tmp_path / "config.json").read_text())
@@ -57,13 +63,17 @@ def test_saved_and_reloaded_model_is_bit_equal(name, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "clip"])
-def test_every_dtype_and_sharding_is_bit_equal(name, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "storage"),
+    [("llama", "factors"), ("gpt2", "factors"), ("t5", "factors"), ("clip", "factors"), ("gpt2", "pivoted"),
+     ("t5", "pivoted")],
+)  # fmt: skip
+def test_every_dtype_and_sharding_is_bit_equal(name, storage, dtype, tmp_path):
     family = FAMILIES[name]
     family.build().save_pretrained(tmp_path / "dense")
     # Loaded, not cast: casting a built model would round buffers, rotary frequencies, that loading keeps in float32.
     dense = family.model_class.from_pretrained(tmp_path / "dense", dtype=dtype)
-    model, _, batch = compressed(family, dense)
+    model, _, batch = compressed(family, dense, storage=storage)
     for folder, size in (("single", "5GB"), ("sharded", "20KB")):
         model.save_pretrained(tmp_path / folder, max_shard_size=size)
         assert os.path.exists(tmp_path / folder / "model.safetensors") == (folder == "single")
@@ -72,13 +82,15 @@ def test_every_dtype_and_sharding_is_bit_equal(name, dtype, tmp_path):
         assert_same(model, reloaded, batch)
     widened = family.model_class.from_pretrained(tmp_path / "single", dtype=torch.float32)
     for key, value in model.state_dict().items():
-        assert torch.equal(widened.state_dict()[key], value.float())
+        wide = value.float() if value.is_floating_point() else value
+        assert torch.equal(widened.state_dict()[key], wide)
+        assert widened.state_dict()[key].dtype == wide.dtype
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_dequantized_model_is_an_ordinary_dense_one(name, tmp_path):
+@each_family_and_storage
+def test_dequantized_model_is_an_ordinary_dense_one(name, storage, tmp_path):
     family = FAMILIES[name]
-    model, _, batch = compressed(family)
+    model, _, batch = compressed(family, storage=storage)
     before = outputs(model, batch)
     dense = model.dequantize()
     assert not low_rank_layers(dense)
@@ -96,9 +108,12 @@ def generation_files(model):
     return {"generation_config.json"} if model.can_generate() else set()
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "llava", "gpt2"])
-def test_base_model_and_other_heads_load_from_the_same_checkpoint(name, tmp_path):
-    model, _, _ = compressed(FAMILIES[name])
+@pytest.mark.parametrize(
+    ("name", "storage"),
+    [("llama", "factors"), ("bert", "factors"), ("llava", "factors"), ("gpt2", "factors"), ("llava", "pivoted")],
+)
+def test_base_model_and_other_heads_load_from_the_same_checkpoint(name, storage, tmp_path):
+    model, _, _ = compressed(FAMILIES[name], storage=storage)
     model.save_pretrained(tmp_path)
     base = hf.AutoModel.from_pretrained(tmp_path)
     theirs = {n.removeprefix(f"{model.base_model_prefix}."): layer for n, layer in low_rank_layers(model).items()}
@@ -107,9 +122,10 @@ def test_base_model_and_other_heads_load_from_the_same_checkpoint(name, tmp_path
         assert torch.equal(layer.product(), theirs[layer_name].product())
 
 
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
 @pytest.mark.parametrize("tower", [hf.CLIPTextModel, hf.CLIPVisionModel])
-def test_one_tower_loaded_by_its_own_config_is_never_random(tower, tmp_path):
-    model, _, _ = compressed(FAMILIES["clip"])
+def test_one_tower_loaded_by_its_own_config_is_never_random(tower, storage, tmp_path):
+    model, _, _ = compressed(FAMILIES["clip"], storage=storage)
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         tower.from_pretrained(tmp_path)
@@ -127,14 +143,16 @@ def test_greedy_generation_with_and_without_cache_agrees(name):
     assert torch.equal(with_cache, model.generate(**inputs, **options, use_cache=False))
 
 
-def test_tolerance_zero_and_full_ranks_change_nothing():
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_tolerance_zero_and_full_ranks_change_nothing(storage):
     family = FAMILIES["llama"]
     batch, dense = family.batches(1)[0], family.build()
-    unchanged, report, _ = compressed(family, parameter_reduction=None, tolerance=0.0)
+    unchanged, report, _ = compressed(family, parameter_reduction=None, tolerance=0.0, storage=storage)
     assert report.parameter_reduction == 0
     assert_same(dense, unchanged, batch)
     shapes = {layer.name: min(layer.shape) for layer in report.layers}
-    full, _, _ = compressed(family, parameter_reduction=None, ranks=shapes)
+    full, report, _ = compressed(family, parameter_reduction=None, ranks=shapes, storage=storage)
+    assert (report.parameter_reduction == 0) == (storage == "pivoted")
     for a, b in zip(outputs(full, batch), outputs(dense, batch), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -153,9 +171,10 @@ def test_compressing_leaves_a_shared_config_alone():
     assert dense.model.layers[0].self_attn.config is dense.config
 
 
-def test_two_runs_give_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_two_runs_give_the_same_bytes(storage, tmp_path):
     for run in ("a", "b"):
-        compressed(FAMILIES["llama"])[0].save_pretrained(tmp_path / run)
+        compressed(FAMILIES["llama"], storage=storage)[0].save_pretrained(tmp_path / run)
     a, b = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("a", "b"))
     assert a == b
 

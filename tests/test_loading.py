@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_pgsvd import CalibrationError, PGSVDCompressor, PGSVDConfig, UnsupportedModelError
+from optimum_pgsvd import CalibrationError, PGSVDCompressor, PGSVDConfig, UnsupportedModelError, modeling_pgsvd
 
 
 # Stands for a machine without the package: nothing named optimum_pgsvd can be imported.
@@ -147,7 +147,13 @@ def test_the_autoload_switch_turns_the_entry_point_off(tmp_path):
     fresh_process(code, tmp_path=tmp_path)
 
 
-def test_without_the_package_loading_fails_loudly(checkpoint, tmp_path):
+@pytest.fixture(params=["checkpoint", "pivoted"])
+def either(request):
+    """A checkpoint of each storage."""
+    return request.getfixturevalue(request.param)
+
+
+def test_without_the_package_loading_fails_loudly(either, tmp_path):
     code = """
         import sys
         from transformers import AutoModelForCausalLM, pipeline
@@ -159,10 +165,10 @@ def test_without_the_package_loading_fails_loudly(checkpoint, tmp_path):
             else:
                 sys.exit("loaded random weights")
         """
-    assert fresh_process(code, checkpoint, without_package=True, tmp_path=tmp_path).count("refused:") == 2
+    assert fresh_process(code, either, without_package=True, tmp_path=tmp_path).count("refused:") == 2
 
 
-def test_self_contained_checkpoint_needs_trust_remote_code_alone(checkpoint, tmp_path):
+def test_self_contained_checkpoint_needs_trust_remote_code_alone(either, tmp_path):
     code = """
         import sys, torch
         from transformers import AutoModel, AutoModelForCausalLM, pipeline
@@ -173,14 +179,16 @@ def test_self_contained_checkpoint_needs_trust_remote_code_alone(checkpoint, tmp
         model.save_pretrained(again)
         model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
         assert torch.equal(model(input_ids=ids).logits, logits)
-        assert "LowRankLinear" in str(AutoModel.from_pretrained(folder, trust_remote_code=True))
+        kind = type(model.model.layers[0].mlp.up_proj).__name__
+        assert kind in ("LowRankLinear", "PivotedLinear")
+        assert kind in str(AutoModel.from_pretrained(folder, trust_remote_code=True))
         generator = pipeline("text-generation", model=folder, trust_remote_code=True)
         assert torch.equal(generator.model(input_ids=ids).logits, logits)
         assert "optimum_pgsvd" not in sys.modules
         print("same")
         """
     again = tmp_path / "again"
-    assert "same" in fresh_process(code, checkpoint, again, without_package=True, tmp_path=tmp_path)
+    assert "same" in fresh_process(code, either, again, without_package=True, tmp_path=tmp_path)
     config = json.loads((again / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_pgsvd.LlamaForCausalLM"
@@ -209,6 +217,59 @@ def damaged(checkpoint, folder, change):
 
 
 LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def pivoted(tmp_path_factory, dense, texts):
+    folder = tmp_path_factory.mktemp("pivoted")
+    settings = {"parameter_reduction": 0.3, "dataset": texts, "sequence_length": 32, "self_contained": True}
+    config = PGSVDConfig(storage="pivoted", **settings)
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    model.save_pretrained(folder, max_shard_size="50KB")
+    torch.save(model(input_ids=torch.arange(3, 20)[None]).logits, folder / "logits.pt")
+    return folder
+
+
+def swapped(tensors, place, row):
+    order = tensors[f"{LAYER}.order"].clone()
+    order[place] = row
+    tensors[f"{LAYER}.order"] = order
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{LAYER}.basis.weight"), f"missing factor: {LAYER}.basis.weight"),
+        (lambda t: t.pop(f"{LAYER}.coefficients.weight"), f"missing factor: {LAYER}.coefficients.weight"),
+        (lambda t: t.pop(f"{LAYER}.order"), f"missing factor: {LAYER}.order"),
+        (lambda t: t.update({f"{LAYER}.basis.weight": torch.zeros(3, 32)}), f"misshapen factor: {LAYER}.basis"),
+        (
+            lambda t: t.update({f"{LAYER}.coefficients.weight": torch.zeros(64, 3)}),
+            f"misshapen factor: {LAYER}.coefficients",
+        ),
+        (lambda t: t.update({f"{LAYER}.order": torch.arange(9)}), f"misshapen factor: {LAYER}.order"),
+        (lambda t: swapped(t, 0, 64), f"damaged order: {LAYER}.order does not hold each of 0 … 63 once"),
+        (lambda t: swapped(t, 0, -1), f"damaged order: {LAYER}.order"),
+        (lambda t: swapped(t, 0, int(t[f"{LAYER}.order"][1])), f"damaged order: {LAYER}.order"),
+        (lambda t: t.update({"model.layers.1.mlp.order": torch.zeros(2)}), "extra factor: model.layers.1.mlp.order"),
+        (
+            lambda t: t.update({"model.layers.1.mlp.basis.weight": torch.zeros(2)}),
+            "extra factor: model.layers.1.mlp.basis",
+        ),
+    ],
+    ids=["no basis", "no coefficients", "no order", "basis", "coefficients", "order", "beyond", "below", "twice",
+         "extra order", "extra basis"],
+)  # fmt: skip
+def test_damaged_pivoted_storage_is_named(pivoted, tmp_path, change, message):
+    folder = damaged(pivoted, tmp_path / "damaged", change)
+    with pytest.raises(RuntimeError, match=message.replace(".", r"\.")):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_reader_of_format_1_refuses_pivoted_storage(pivoted, monkeypatch):
+    monkeypatch.setattr(modeling_pgsvd, "FORMATS", {"factors": 1})
+    with pytest.raises(RuntimeError, match="PGSVD format 2, and this runtime reads up to 1; upgrade"):
+        AutoModelForCausalLM.from_pretrained(pivoted)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +310,8 @@ def test_undamaged_copy_loads(checkpoint, tmp_path):
     assert torch.equal(logits, torch.load(checkpoint / "logits.pt"))
 
 
-def test_checkpoint_reloads_with_parts_on_disk(checkpoint, tmp_path):
+def test_checkpoint_reloads_with_parts_on_disk(either, tmp_path):
+    checkpoint = either
     placement = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     placement |= {"model.layers.0": "disk", "model.layers.1": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=placement, offload_folder=tmp_path / "offload")

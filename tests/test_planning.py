@@ -69,6 +69,24 @@ def kept(model: nn.Module, chosen: Ranks) -> int:
 # Budgets
 
 
+@each_reduction
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_pivoted_storage_buys_higher_ranks(name: str, reduction: str) -> None:
+    """The largest plan of one tolerance by its own count; no layer has a larger error than as factors."""
+    model = FAMILIES[name].build()
+    plain = plan(model, parameter_reduction=float(reduction))
+    planned = plan(model, parameter_reduction=float(reduction), storage="pivoted")
+    choices = {
+        layer: reference.layer_options(*matrix(model, layer).shape, errors(model, layer), 1, "pivoted")
+        for layer in planned.layers
+    }
+    limit = reference.budget(shapes(model, planned.layers), reduction)
+    expected = reference.one_tolerance_for_all(choices, limit)
+    assert ranks(planned) == ranks_of(expected)
+    assert planned.kept_parameters == reference.kept(expected) <= limit
+    assert all(found.relative_error <= plain.layers[layer].relative_error for layer, found in planned.layers.items())
+
+
 @several
 @each_reduction
 def test_pareto_is_the_largest_plan_of_one_tolerance(name: str, reduction: str) -> None:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from watch import Inputs, plain_forward
 
 from optimum_pgsvd import CompressionReport, PGSVDCompressor, PGSVDConfig
-from optimum_pgsvd.modeling_pgsvd import LowRankLinear
+from optimum_pgsvd.modeling_pgsvd import LowRankLayer, LowRankLinear
 from optimum_pgsvd.report import REPORT_NAME
 from optimum_pgsvd.targets import find_targets
 
@@ -45,8 +45,8 @@ def matrix(module: nn.Module) -> Tensor:
     return (module.weight.T if isinstance(module, Conv1D) else module.weight).detach()
 
 
-def product(layer: LowRankLinear) -> Tensor:
-    return layer.left.weight.detach().double() @ layer.right.weight.detach().double()
+def product(layer: LowRankLayer) -> Tensor:
+    return layer.matrix(torch.float64).detach()
 
 
 # Sizes
@@ -71,6 +71,21 @@ def test_sizes_are_those_of_the_models(name: str) -> None:
     removed = sum(layer.parameters_before - layer.parameters_after for layer in report.layers)
     assert report.parameter_reduction == pytest.approx(removed / report.parameters_before, rel=1e-12)
     assert report.model_before.parameters - report.model_after.parameters == removed > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_sizes_in_pivoted_storage(name: str) -> None:
+    """Four bytes more for each output: where its row is. They are no parameters."""
+    dense, model, report = compressed(name, storage="pivoted")
+    planned = PGSVDCompressor(PGSVDConfig(parameter_reduction=0.3, storage="pivoted")).plan(dense)
+    for layer in report.layers:
+        assert layer.parameters_after == weights_in(model.get_submodule(layer.name))
+    after = report.model_after
+    assert after.parameters == sum(p.numel() for p in model.parameters())
+    rows = sum(layer.shape[0] for layer in report.layers if layer.rank is not None)
+    assert after.bytes == 4 * after.parameters + 4 * rows
+    assert planned.model_after == after
+    assert [layer.rank for layer in planned.layers] == [layer.rank for layer in report.layers]
 
 
 @several
@@ -112,11 +127,13 @@ def own_errors(dense: PreTrainedModel, model: PreTrainedModel, inputs: Inputs, n
 
 
 @several
-@pytest.mark.parametrize("solver", ["eigh", "als", "svd"])
-def test_errors_are_those_of_the_factors(name: str, solver: str) -> None:
+@pytest.mark.parametrize(
+    ("solver", "storage"), [("eigh", "factors"), ("als", "factors"), ("svd", "factors"), ("eigh", "pivoted")]
+)
+def test_errors_are_those_of_the_factors(name: str, solver: str, storage: str) -> None:
     """Activation errors come from float32 products: a square of less than 1e-9 of the whole cannot be told from 0."""
     batches = FAMILIES[name].batches(2)
-    dense, model, report = compressed(name, solver=solver, groups=EVERYTHING)
+    dense, model, report = compressed(name, solver=solver, storage=storage, groups=EVERYTHING)
     factored = {layer.name: layer for layer in report.layers if layer.rank is not None}
     with Inputs(dense, factored) as inputs:
         for batch in batches:

@@ -190,11 +190,14 @@ def test_a_run_that_is_interrupted_after_every_block_comes_to_its_end(
     assert done == {"layers": LAYERS * 3, "plans": 1}
 
 
-@pytest.mark.parametrize("name", ["t5", "mixtral", "clip", "gpt_oss"])
-def test_other_families_go_on_as_well(name, tmp_path, done, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "storage"),
+    [("t5", "factors"), ("mixtral", "factors"), ("clip", "factors"), ("gpt_oss", "factors"), ("gpt2", "pivoted")],
+)
+def test_other_families_go_on_as_well(name, storage, tmp_path, done, monkeypatch):
     family = FAMILIES[name]
     family.build().save_pretrained(tmp_path / "dense")
-    whole = request(family, calibration="anchored")
+    whole = request(family, calibration="anchored", storage=storage)
     expected = in_memory(tmp_path / "dense", tmp_path / "expected", whole)
     done.clear()
     interrupted(monkeypatch, tmp_path / "dense", tmp_path / "mine", whole, PLACES["block"], 2, before=False)

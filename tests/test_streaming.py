@@ -124,10 +124,14 @@ def test_every_sharding(size, saved, tmp_path):
 
 @pytest.mark.usefixtures("all_is_large")
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("name", "calibration"), [("llama", "anchored"), ("t5", "parallel")])
-def test_half_precision(name, calibration, stored, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "calibration", "storage"),
+    [("llama", "anchored", "factors"), ("t5", "parallel", "factors"), ("gpt2", "anchored", "pivoted")],
+)
+def test_half_precision(name, calibration, storage, stored, tmp_path):
     EVERY[name].build().to(stored).save_pretrained(tmp_path / "dense")
-    folder = assert_same_bytes(tmp_path / "dense", tmp_path, request(EVERY[name], calibration=calibration))
+    config = request(EVERY[name], calibration=calibration, storage=storage)
+    folder = assert_same_bytes(tmp_path / "dense", tmp_path, config)
     assert stored in {p.dtype for p in EVERY[name].model_class.from_pretrained(folder).parameters()}
 
 
@@ -165,6 +169,11 @@ REQUESTS = {
         {"modules_to_not_convert": ["vision_tower"], "dataset": [{"input_ids": torch.arange(6, 46).view(2, 20)}]},
     ),
     "self-contained": ("mixtral", {"self_contained": True}),
+    "pivoted": ("gpt2", {"storage": "pivoted"}),
+    "pivoted, anchored": ("t5", {"storage": "pivoted", "calibration": "anchored"}),
+    "pivoted by svd": ("llama", {"storage": "pivoted", "solver": "svd", "dataset": None}),
+    "pivoted at every rank": ("bert", {"storage": "pivoted", "ranks": {"query": 32, "output.dense": 31}}),
+    "pivoted outside the blocks": ("llava", {"storage": "pivoted", "ranks": {"multi_modal_projector": 5, "mlp": 4}}),
 }
 
 
@@ -198,10 +207,11 @@ def test_texts_and_the_tokenizer(tokenizer_from, dense, tokenizer, texts, saved,
     assert (folder / "tokenizer.json").exists()
 
 
-def test_measurements_made_before(saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_measurements_made_before(storage, saved, tmp_path, monkeypatch):
     PGSVDCompressor(request(FAMILIES["llama"])).measure_checkpoint(saved("llama"), tmp_path / "measured")
     monkeypatch.setattr(planning, "measure_profiles", None)  # they are there
-    config = request(FAMILIES["llama"], dataset=str(tmp_path / "measured"))
+    config = request(FAMILIES["llama"], dataset=str(tmp_path / "measured"), storage=storage)
     assert_same_bytes(saved("llama"), tmp_path, config)
 
 

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from optimum_pgsvd.errors import ConfigError, PGSVDError
 from optimum_pgsvd.linalg import singular_values
-from optimum_pgsvd.structures import Budget, LayerPlan, LinearShape, LowRankFactors, RankPlan, SVDProfile
+from optimum_pgsvd.structures import (
+    Budget,
+    LayerPlan,
+    LinearShape,
+    LowRankFactors,
+    PivotedFactors,
+    RankPlan,
+    SVDProfile,
+)
 
 
 many = settings(max_examples=100, deadline=None, derandomize=True)
@@ -30,13 +38,22 @@ def profile_of(weight: torch.Tensor) -> SVDProfile:
 
 
 @many
-@given(sizes, sizes)
-def test_largest_saving_rank_is_the_last_whose_factors_are_smaller(m, n):
-    shape = LinearShape(m, n)
-    assert shape.largest_saving_rank == max(reference.saving_ranks(m, n, 1), default=0)
-    factors = torch.empty(m, 3), torch.empty(3, n)
-    assert shape.parameters(3) == sum(factor.numel() for factor in factors)
+@given(sizes, sizes, st.sampled_from(["factors", "pivoted"]))
+def test_largest_saving_rank_is_the_last_that_is_stored_in_less(m, n, storage):
+    shape = LinearShape(m, n, storage)
+    assert shape.largest_saving_rank == max(reference.saving_ranks(m, n, 1, storage), default=0)
+    for rank in range(1, min(m, n) + 1):
+        assert shape.parameters(rank) == reference.stored_parameters(m, n, rank, storage)
     assert shape.parameters(None) == torch.empty(m, n).numel()
+
+
+def test_pivoted_storage_saves_at_every_rank_below_full_and_never_costs_more_than_dense():
+    factors, pivoted = LinearShape(6, 4), LinearShape(6, 4, "pivoted")
+    assert [factors.parameters(r) for r in (1, 2, 3, 4)] == [10, 20, 30, 40]
+    assert [pivoted.parameters(r) for r in (1, 2, 3, 4)] == [9, 16, 21, 24]
+    assert (factors.largest_saving_rank, pivoted.largest_saving_rank) == (2, 3)
+    assert LinearShape(1, 8, "pivoted").largest_saving_rank == 0
+    assert (pivoted.index_bytes(2), pivoted.index_bytes(None), factors.index_bytes(2)) == (24, 0, 0)
 
 
 # Budget
@@ -128,6 +145,24 @@ def test_a_zero_weight_is_within_every_tolerance_at_rank_zero():
 def test_factors_must_share_their_rank():
     with pytest.raises(ValueError, match=r"left \(4, 2\) and right \(3, 5\) share no rank"):
         LowRankFactors(torch.zeros(4, 2), torch.zeros(3, 5))
+
+
+def test_coefficients_must_fit_basis_and_order():
+    with pytest.raises(ValueError, match=r"6 rows of rank 2 need coefficients \(4, 2\), not \(3, 2\)"):
+        PivotedFactors(torch.zeros(2, 5), torch.zeros(3, 2), torch.arange(6))
+
+
+def test_pivoted_factors_are_rows_of_the_identity_and_coefficients_times_the_basis():
+    basis, coefficients = gaussian(2, 5, seed=5), gaussian(3, 2, seed=6)
+    factors = PivotedFactors(basis, coefficients, torch.tensor([3, 0, 4, 1, 2], dtype=torch.int32))
+    assert factors.rank == 2
+    expected = reference.row_by_row(factors.basis, factors.coefficients, factors.order)
+    torch.testing.assert_close(factors.left @ factors.right, expected, rtol=0, atol=1e-15)
+    again = PivotedFactors.of_tensors(factors.tensors)
+    assert all(torch.equal(again.tensors[key], value) for key, value in factors.tensors.items())
+    whole = PivotedFactors(basis, coefficients[:0], torch.tensor([1, 0], dtype=torch.int32))
+    assert whole.tensors.keys() == {"basis.weight", "order"}
+    assert PivotedFactors.of_tensors(whole.tensors).coefficients.shape == (0, 2)
 
 
 def test_factors_are_rounded_once_and_contiguous():

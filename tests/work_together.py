@@ -28,9 +28,10 @@ def in_memory(folder):
     """Every family, parallel and anchored; each process keeps what came of it."""
     found = {}
     for name in NAMES:
+        storage = "pivoted" if name == "clip" else "factors"
         for calibration in ("parallel", "anchored"):
             model = FAMILIES[name].build()
-            report = PGSVDCompressor(config(name, calibration=calibration)).compress(model)
+            report = PGSVDCompressor(config(name, calibration=calibration, storage=storage)).compress(model)
             layers = [(layer.name, layer.rank, layer.tokens, layer.activation_error) for layer in report.layers]
             found[name, calibration] = model.state_dict(), layers
     torch.save(found, os.path.join(folder, f"in_memory-{dist.get_rank() if dist.is_initialized() else 'alone'}.pt"))

@@ -11,12 +11,12 @@ from torch import Tensor
 from ..calibration import GramRecorder
 from ..config import PGSVDConfig
 from ..errors import CalibrationError
-from ..linalg import relative_activation_error, relative_errors, relative_output_error, relative_weight_error
+from ..linalg import relative_errors, relative_weight_error
 from ..measurements import StoredMoments
 from ..planning import dense_weight
 from ..report import LayerReport
 from ..solvers import SOLVERS, eigh_of_loss, eigh_of_outputs
-from ..storing import stored
+from ..storing import activation_error, stored
 from ..structures import LinearShape, LowRankFactors, Moments, StoredFactors
 from .job import Job
 
@@ -32,14 +32,10 @@ def factor_layer(job: Job, layer: LayerReport, recorder: Recorder | None) -> tup
         check_reached(recorder, [layer.name])
     moments = recorder.moments(layer.name) if recorder else None
     goal = recorder.goal(layer.name, weight) if recorder else weight
-    factors = stored(
-        solve(goal, moments, job.curvature.get(layer.name), rank_to_solve(layer), config),
-        moments,
-        config.storage,
-        weight.dtype,
-    )
+    solved = solve(goal, moments, job.curvature.get(layer.name), rank_to_solve(layer), config)
+    factors = stored(solved, moments, config.storage, weight.dtype)
     if layer.rank is not None:
-        weight_error, activation_error = errors(weight, goal, factors, moments)
+        weight_error, activation_error = errors(weight, goal, solved, factors, moments)
         layer = replace(layer, weight_error=weight_error, activation_error=activation_error)
     tokens = recorder.tokens[layer.name] if recorder else 0
     return replace(layer, tokens=tokens, seconds=time.perf_counter() - start), factors
@@ -63,19 +59,13 @@ def solve(
 
 
 def errors(
-    weight: Tensor, goal: Tensor, factors: StoredFactors, moments: Moments | None
+    weight: Tensor, goal: Tensor, solved: LowRankFactors, kept: StoredFactors, moments: Moments | None
 ) -> tuple[float, float | None]:
     """The relative errors of a layer's weight, and of its outputs by whatever was measured of it."""
-    left, right = factors.left, factors.right
     if goal is weight and moments is not None and moments.gram is not None:
-        return relative_errors(weight, left, right, moments.gram)
-    weight_error = relative_weight_error(weight, left, right)
-    if moments is None:
-        return weight_error, None
-    if moments.gram is not None:
-        return weight_error, relative_activation_error(goal, left, right, moments.gram)
-    assert moments.outputs is not None
-    return weight_error, relative_output_error(goal, left, right, moments.outputs, moments.energies)
+        return relative_errors(weight, kept.left, kept.right, moments.gram)
+    weight_error = relative_weight_error(weight, kept.left, kept.right)
+    return weight_error, None if moments is None else activation_error(goal, solved, kept, moments)
 
 
 def check_reached(recorder: Recorder, names: Sequence[str]) -> None:

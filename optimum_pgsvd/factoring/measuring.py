@@ -105,7 +105,8 @@ def recorders(job: Measuring, block: str, walk: BlockWalk, leaders: Mapping[str,
         return [AnchoredRecorder(part, walk.rows, leaders, job.config.blend) for part in parts]
     # Of all targets, not of those to factor: what is measured of a layer must not depend on the budget.
     shapes = {t.name: (t.shape.out_features, t.shape.in_features) for t in job.targets.found if t.block == block}
-    fewer = measured_by_outputs(shapes, leaders) if SOLVERS.trait(job.config.solver, "takes_outputs") else set()
+    by_outputs = SOLVERS.trait(job.config.solver, "takes_outputs") and job.config.objective == "outputs"
+    fewer = measured_by_outputs(shapes, leaders) if by_outputs else set()
     return [GramRecorder(layers, walk.rows, leaders, fewer & layers.keys())]
 
 

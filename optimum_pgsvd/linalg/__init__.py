@@ -7,11 +7,17 @@ One layout throughout: a weight is `W (m, n)` with m output and n input features
 
 from .als import alternating_least_squares
 from .anchor import anchored_weight
-from .pivoting import INDEX, pivot_rows
+from .pivoting import INDEX, pivoted
 from .precision import working_dtype
 from .products import add_product, add_self_product, mirror_upper
 from .projection import output_projection, projection_of_outputs
-from .relative_error import relative_activation_error, relative_errors, relative_output_error, relative_weight_error
+from .relative_error import (
+    pseudo_inverse,
+    relative_activation_error,
+    relative_errors,
+    relative_output_error,
+    relative_weight_error,
+)
 from .spectra import relative_tails, singular_values, symmetric_eigen
 from .svd import balanced, truncated_svd
 from .weighted import weighted_projection, weighted_spectrum
@@ -26,7 +32,8 @@ __all__ = [
     "balanced",
     "mirror_upper",
     "output_projection",
-    "pivot_rows",
+    "pivoted",
+    "pseudo_inverse",
     "projection_of_outputs",
     "relative_activation_error",
     "relative_errors",

@@ -70,12 +70,14 @@ def relative_errors(weight: Tensor, left: Tensor, right: Tensor, gram: Tensor) -
     return relative(plain_error, plain_energy), relative(error, energy)
 
 
-def relative_output_error(weight: Tensor, left: Tensor, right: Tensor, moment: Tensor, energies: Tensor) -> float:
+def relative_output_error(
+    weight: Tensor, left: Tensor, right: Tensor, moment: Tensor, energies: Tensor, outputs: Tensor | None = None
+) -> float:
     """`relative_activation_error` of rounded closed-form factors, from the second moment of the outputs.
 
-    Before rounding, `left` has orthogonal columns and `right = C W` with `C = (leftᵀ left)⁻¹ leftᵀ`. With E what
+    Before rounding, `right = C W`; where `left` has orthogonal columns, `C = (leftᵀ left)⁻¹ leftᵀ`. With E what
     rounding adds to that, `(W − left right) Xᵀ = (I − left C) W Xᵀ − left E Xᵀ`. The first part is exact. The second
-    is an estimate: E is taken for noise that is independent from entry to entry, so that the diagonal of G suffices.
+    is an estimate: E is taken for noise that is independent from column to column, so that the diagonal of G suffices.
 
     Args:
         weight: `(m, n)`.
@@ -83,21 +85,27 @@ def relative_output_error(weight: Tensor, left: Tensor, right: Tensor, moment: T
         right: `(r, n)`, as stored.
         moment: `(m, m)`, `W G Wᵀ`, float32 or float64.
         energies: `(n,)`, the diagonal of G.
+        outputs: `C (r, m)`, where `left` has other columns.
 
     Returns:
         A number from 0 up, 0 where the outputs are all zero; computed in the layer's dtype.
     """
     dtype = layer_dtype(weight, moment)
     left = left.to(dtype)
-    sizes = left.square().sum(dim=0)
-    inverse = (left / sizes.clamp(min=torch.finfo(dtype).tiny)).T
+    sizes = left.T @ left
+    inverse = pseudo_inverse(left) if outputs is None else outputs.to(dtype)
     seen = inverse @ moment.to(dtype)
-    kept = 2 * total(seen * left.T) - total((left.T @ left) * (seen @ inverse.T))
+    kept = 2 * total(seen * left.T) - total(sizes * (seen @ inverse.T))
     energy, rounding = total(moment.diagonal()), 0.0
     for part in panels(weight.shape[1]):
         noise = right[:, part].to(dtype) - inverse @ weight[:, part].to(dtype)
-        rounding += total(sizes * (noise.square_() @ energies[part].to(dtype)))
+        rounding += total(((sizes @ noise) * noise) @ energies[part].to(dtype))
     return relative(energy - kept + rounding, energy)
+
+
+def pseudo_inverse(left: Tensor) -> Tensor:
+    """`(leftᵀ left)⁻¹ leftᵀ` of `(m, r)` with orthogonal columns; a column that is zero stays so."""
+    return (left / left.square().sum(dim=0).clamp(min=torch.finfo(left.dtype).tiny)).T
 
 
 def differences(weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
