@@ -34,7 +34,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "exact optimum, uniform": {"solver": "eigh", "allocation": "uniform"},
     "PGSVD with ALS": {"solver": "als"},
     "PGSVD": {"solver": "eigh"},
-    "PGSVD, anchored calibration": {"solver": "eigh", "calibration": "anchored"},
     "PGSVD, text sampled from the model": {"solver": "eigh", "dataset": "self"},
 }
 
