@@ -83,7 +83,7 @@ def body(model: Any, report: CompressionReport, name: str, base: str | None) -> 
     )
     return f"""# {source} compressed with PGSVD
 
-{factored} of {len(report.layers)} attention and MLP linear layers are replaced by two smaller ones, `left(right(x))`;
+{factored} of {len(report.layers)} attention and MLP linear layers are replaced by {stored_as(config)};
 {len(report.layers) - factored} were left dense. Made with
 [optimum-pgsvd](https://pypi.org/project/optimum-pgsvd/) {version}: {request(config)},
 solver `{config["solver"]}`, {calibration(report)}.
@@ -110,6 +110,13 @@ The package need not be imported, only installed. {self_contained(config)}
 Method: R. Solgi et al., "Activation-Informed Pareto-Guided Low-Rank Compression for Efficient LLM/VLM",
 arXiv 2510.05544.
 """
+
+
+def stored_as(config: Mapping[str, Any]) -> str:
+    """What takes the place of a layer."""
+    if config.get("storage") == "pivoted":
+        return "some rows of their weights and\nwhat makes the other rows of those (`storage = pivoted`)"
+    return "two smaller ones, `left(right(x))`"
 
 
 def request(config: Mapping[str, Any]) -> str:

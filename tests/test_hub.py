@@ -250,7 +250,7 @@ def test_command_line_pushes_and_inspects(hub, tmp_path, tokenizer):
     hub.bytes_sent.clear()
     done = hub.run(*cli, "inspect", "alice/big", home=tmp_path / "other", token="hf_alice")
     assert done.returncode == 0, done.stderr
-    assert "14 low-rank layers; " in done.stdout
+    assert "14 low-rank layers, stored as factors; " in done.stdout
     assert sum(hub.bytes_sent.values()) < len(weights) // 10
     done = hub.run(*cli, "inspect", "alice/big", home=tmp_path / "anonymous")
     assert (done.returncode, "alice/big" in done.stderr) == (2, True), done.stderr

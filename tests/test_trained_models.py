@@ -67,6 +67,35 @@ def test_anchored_calibration_beats_parallel(babyllama, data_dir, reduction):
     assert anchored < parallel
 
 
+@pytest.mark.parametrize("reduction", [0.2, 0.4, 0.6])
+def test_pivoted_storage_beats_factors_at_equal_parameters(babyllama, data_dir, reduction):
+    """By more than a tenth of what compression adds to the perplexity."""
+    dense, _, windows = babyllama
+    factors, plain = compressed(babyllama, data_dir, reduction)
+    pivoted, report = compressed(babyllama, data_dir, reduction, storage="pivoted")
+    assert abs(report.parameters_after - plain.parameters_after) <= 480
+    added = factors - perplexity(dense, windows)
+    assert pivoted < factors - 0.1 * added
+
+
+def test_pivoted_storage_in_bfloat16_is_as_good_as_factors_in_bfloat16(babyllama, data_dir):
+    """At equal ranks, both are within 1 % of the perplexity of float32, and of each other."""
+    _, report = compressed(babyllama, data_dir, 0.4)
+    ranks = {layer.name: layer.rank for layer in report.layers if layer.rank is not None}
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for storage in ("factors", "pivoted"):
+            model = copy.deepcopy(babyllama[0]).to(dtype)
+            texts = stories(data_dir)[:600]
+            config = PGSVDConfig(ranks=ranks, dataset=texts, num_samples=128, sequence_length=256, storage=storage)
+            PGSVDCompressor(config).compress(model, tokenizer=babyllama[1])
+            found[storage, dtype] = perplexity(model, babyllama[2])
+    exact = found["factors", torch.float32]
+    assert found["pivoted", torch.float32] == pytest.approx(exact, rel=1e-4)
+    assert found["factors", torch.bfloat16] == pytest.approx(exact, rel=0.01)
+    assert found["pivoted", torch.bfloat16] == pytest.approx(exact, rel=0.01)
+
+
 def test_sampling_from_the_model_needs_no_text_and_beats_plain_svd(babyllama):
     dense, _, windows = babyllama
     found = {}

@@ -22,6 +22,12 @@ from .moments import SecondMoment
 LARGEST_SET = 2**32
 
 
+# Predictions are softened to this temperature. What the model is sure of costs nothing to the second order, yet it is
+# lost where a layer is compressed much; softened, it counts. At 2, models of every entropy measured did well: one that
+# is nearly certain of each token much better than at 1, the others as well or better; at 4 nothing more was gained.
+TEMPERATURE = 2.0
+
+
 class CurvatureRecorder:
     """Accumulates, over backward passes, the second moment of the gradients at each layer's outputs.
 
@@ -141,7 +147,7 @@ def predicted(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
 def surprise(outputs: Any, mask: Tensor | None, draws: torch.Generator) -> Tensor:
     """The negative log-likelihood, summed, of labels drawn from what the model itself predicts.
 
-    Predictions are the softmax of every output that is named logits; of a model without any, its first output is the
+    Predictions are the softened softmax of every output that is named logits; of a model without any, its first output is the
     mean of a normal distribution of unit variance. Padding is left out.
 
     Args:
@@ -156,10 +162,10 @@ def surprise(outputs: Any, mask: Tensor | None, draws: torch.Generator) -> Tenso
 
 
 def categorical_surprise(logits: Tensor, draws: torch.Generator) -> Tensor:
-    """Of labels drawn from the softmax of logits `(N, V)`; a single logit is a regression."""
+    """Of labels drawn from the softened softmax of logits `(N, V)`; a single logit is a regression."""
     if logits.shape[-1] == 1:
         return normal_surprise(logits, draws)
-    log_probabilities = logits.float().log_softmax(-1)
+    log_probabilities = (logits.float() / TEMPERATURE).log_softmax(-1)
     chance = torch.rand(len(logits), 1, generator=draws).to(logits.device)
     labels = (log_probabilities.detach().exp().cumsum(-1) < chance).sum(-1).clamp(max=logits.shape[-1] - 1)
     return -log_probabilities.gather(-1, labels[:, None]).sum()
