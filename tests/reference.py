@@ -228,3 +228,36 @@ def weighted_als(weight: Tensor, gram: Tensor, metric: Tensor, right: Tensor, sw
         left = weight @ gram @ right.T @ torch.linalg.pinv(right @ gram @ right.T)
         right = torch.linalg.pinv(left.T @ metric @ left) @ left.T @ metric @ weight
     return left @ right
+
+
+def outer_sum(gradients: Tensor) -> Tensor:
+    """`Σ_t g_t g_tᵀ` of gradients `(..., m)`."""
+    return gram_matrix(gradients.reshape(-1, gradients.shape[-1]))
+
+
+def fisher_of_softmax(logits: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """`Σ_t E[g_t g_tᵀ]` at each of some outputs `(..., m)`, every label of every position enumerated.
+
+    Labels of different positions are independent, and the mean of a gradient over the labels is zero: so the
+    expectation is a sum over positions, of `Σ_v p(v) g g'` with g the gradient of `−log p(v)` at one position.
+
+    Args:
+        logits: `(S, V)`.
+        outputs: that the logits depend on.
+    """
+    totals = [torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64) for x in outputs]
+    log_probabilities = logits.log_softmax(-1)
+    for row in log_probabilities:
+        for value in row:
+            for total, gradient in zip(totals, torch.autograd.grad(-value, outputs, retain_graph=True), strict=True):
+                total += float(value.detach().exp()) * outer_sum(gradient)
+    return totals
+
+
+def fisher_of_normal(mean: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The same where the model predicts the mean `(S, V)` of a normal distribution of unit variance."""
+    totals = [torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64) for x in outputs]
+    for value in mean.flatten():
+        for total, gradient in zip(totals, torch.autograd.grad(value, outputs, retain_graph=True), strict=True):
+            total += outer_sum(gradient)
+    return totals
