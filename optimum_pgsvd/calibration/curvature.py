@@ -123,14 +123,21 @@ def measure_curvature(
         with CurvatureRecorder(layers) as recorder, evaluating(model), torch.enable_grad():
             for number in logging.tqdm(numbers, desc="Measuring gradients", unit="batch", disable=None):
                 draws = torch.Generator().manual_seed(int(seeds[number]))
-                surprise(forward(model, batches[number], number, True), batches[number], draws).backward()
+                outputs = forward(model, batches[number], number, True)
+                surprise(outputs, predicted(model, batches[number]), draws).backward()
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
     return recorder.metrics(peers)
 
 
-def surprise(outputs: Any, batch: Mapping[str, Any], draws: torch.Generator) -> Tensor:
+def predicted(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens of a batch the model's predictions are about: those of the decoder, where there are two."""
+    decodes = getattr(model.config, "is_encoder_decoder", False)
+    return batch.get("decoder_attention_mask" if decodes else "attention_mask")
+
+
+def surprise(outputs: Any, mask: Tensor | None, draws: torch.Generator) -> Tensor:
     """The negative log-likelihood, summed, of labels drawn from what the model itself predicts.
 
     Predictions are the softmax of every output that is named logits; of a model without any, its first output is the
@@ -138,13 +145,13 @@ def surprise(outputs: Any, batch: Mapping[str, Any], draws: torch.Generator) -> 
 
     Args:
         outputs: of the model, a `ModelOutput`.
-        batch: that it was given.
+        mask: `(batch, tokens)`, 0 for padding; `None` where there is none.
         draws: on the CPU, whatever the model is on.
     """
     logits = [value for key, value in outputs.items() if "logits" in key and isinstance(value, Tensor)]
     if not logits:
-        return normal_surprise(real(outputs[0], batch), draws)
-    return sum((categorical_surprise(real(value, batch), draws) for value in logits), logits[0].new_zeros(()))
+        return normal_surprise(real(outputs[0], mask), draws)
+    return sum((categorical_surprise(real(value, mask), draws) for value in logits), logits[0].new_zeros(()))
 
 
 def categorical_surprise(logits: Tensor, draws: torch.Generator) -> Tensor:
@@ -163,9 +170,8 @@ def normal_surprise(mean: Tensor, draws: torch.Generator) -> Tensor:
     return (mean.float() * noise).sum()
 
 
-def real(values: Tensor, batch: Mapping[str, Any]) -> Tensor:
+def real(values: Tensor, mask: Tensor | None) -> Tensor:
     """An output `(..., V)` as rows `(N, V)`, those of padding left out where it has one for each token."""
-    mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
     rows = values.reshape(-1, values.shape[-1])
     if mask is None or mask.shape != values.shape[:-1]:
         return rows
