@@ -125,9 +125,11 @@ class PGSVDCompressor(OptimumQuantizer):
                 profiles = profiles_at_hand(model, targets, self.config, calibration.measurements)
             plan = plan_ranks(model, targets, self.config, profiles=profiles)
         elastic = Elastic(profiles) if self.config.elastic and profiles else None
-        job = Job(model, targets, plan, calibration.batches, self.config, clock, InPlace())
-        job.measurements, job.elastic = calibration.measurements, elastic
-        job.curvature = curvature if self.config.objective == "loss" else {}
+        job = Job(
+            model, targets, plan, calibration.batches, self.config, clock, InPlace(),
+            measurements=calibration.measurements, elastic=elastic,
+            curvature=curvature if self.config.objective == "loss" else {},
+        )  # fmt: skip
         with undone_on_error(model, targets, undo):
             layers, notes = factor(job)
         mark_compressed(model, self.config)

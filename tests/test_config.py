@@ -240,7 +240,8 @@ def test_to_dict_is_a_copy_and_every_view_agrees_with_it():
     fields = config.to_dict()
     assert dict(config) == json.loads(config.to_json_string()) == json.loads(json.dumps(fields)) == fields
     assert config.to_diff_dict() == fields
-    assert fields.keys() == vars(config).keys() - {"record"}
+    assert fields.keys() == vars(config).keys() - {"record", "storage"}
+    assert request(storage="pivoted").to_dict().keys() == vars(config).keys() - {"record"}
     fields["groups"]["a"]["tolerance"] = 0.9
     fields["modules_to_not_convert"].append("x")
     assert config.groups == {"a": {"tolerance": 0.1}}
@@ -287,6 +288,24 @@ def test_ranks_must_name_layers():
         PGSVDConfig(ranks=8)
     with pytest.raises(ConfigError, match="ranks={} names no layer"):
         PGSVDConfig(ranks={})
+
+
+def test_a_pivoted_result_has_a_format_of_its_own():
+    plain, pivoted = request().with_ranks(RANKS), request(storage="pivoted").with_ranks(RANKS)
+    assert (plain.format_version, pivoted.format_version) == (1, 2)
+    assert "storage" not in plain.to_dict()  # byte for byte what earlier versions wrote
+    assert pivoted.to_dict()["storage"] == "pivoted"
+    assert PGSVDConfig.from_dict(pivoted.to_dict()).storage == "pivoted"
+    for damage in ({"format_version": 1}, {"storage": "folded"}, {"storage": "factors"}):
+        with pytest.raises(RuntimeError, match="and there is no such format; its config.json is damaged"):
+            PGSVDConfig.from_dict(pivoted.to_dict() | damage)
+
+
+def test_storage_is_known_and_not_elastic():
+    with pytest.raises(ConfigError, match="storage='folded' is not known; known are factors, pivoted"):
+        request(storage="folded")
+    with pytest.raises(ConfigError, match="elastic=True needs storage='factors': pivoted storage mixes"):
+        request(storage="pivoted", elastic=True)
 
 
 def test_loading_reads_ranks_and_format_and_keeps_the_rest_as_a_record():
