@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_pgsvd import CalibrationError, NonFiniteError, PGSVDCompressor, PGSVDConfig
 from optimum_pgsvd.calibration import curvature, measure_curvature
-from optimum_pgsvd.calibration.curvature import categorical_surprise, normal_surprise, real
+from optimum_pgsvd.calibration.curvature import categorical_surprise, normal_surprise, predicted, real
 from optimum_pgsvd.factoring import curvature_of, loss_profiles
 from optimum_pgsvd.factoring.request import Calibration
 from optimum_pgsvd.modeling_pgsvd import low_rank_layers
@@ -147,7 +147,7 @@ def test_a_single_logit_is_a_regression():
 # The gradients themselves, for labels that are given
 
 
-def fixed_surprise(outputs: ModelOutput, batch: Batch, draws: torch.Generator) -> Tensor:
+def fixed_surprise(outputs: ModelOutput, mask: Tensor | None, draws: torch.Generator) -> Tensor:
     """In the place of drawn labels: something that every prediction enters."""
     values = [v for k, v in outputs.items() if "logits" in k and isinstance(v, Tensor)] or [outputs[0]]
     return sum((v.float().square() * (1 + torch.arange(v.shape[-1]) % 3)).sum() for v in values) / 2
@@ -166,7 +166,7 @@ def test_it_is_the_second_moment_of_the_gradients(name: str, monkeypatch):
     expected = dict.fromkeys(layers, 0.0)
     for batch in batches:
         with Outputs(layers) as outputs:
-            loss = fixed_surprise(model(**batch), batch, generator(0))
+            loss = fixed_surprise(model(**batch), None, generator(0))
         seen = [(layer, value) for layer, values in outputs.seen.items() for value in values]
         gradients = torch.autograd.grad(loss, [value for _, value in seen])
         for (layer, _), gradient in zip(seen, gradients, strict=True):
@@ -233,11 +233,14 @@ def test_padding_of_an_encoder_decoder_leaves_nothing():
 def test_which_rows_are_real():
     values = torch.arange(12.0).reshape(2, 3, 2)
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
-    assert real(values, {"attention_mask": mask})[:, 0].tolist() == [0, 2, 8, 10]
-    assert len(real(values, {"attention_mask": mask[:, :2]})) == 6  # of other tokens
-    assert len(real(values, {"attention_mask": mask, "decoder_input_ids": mask})) == 6
-    other = {"attention_mask": mask, "decoder_input_ids": mask, "decoder_attention_mask": 1 - mask}
-    assert real(values, other)[:, 0].tolist() == [4, 6]
+    assert real(values, mask)[:, 0].tolist() == [0, 2, 8, 10]
+    assert len(real(values, mask[:, :2])) == 6  # of other tokens
+    assert len(real(values, None)) == 6
+    batch = {"attention_mask": mask, "decoder_attention_mask": 1 - mask}
+    assert predicted(FAMILIES["llama"].build(), batch) is mask
+    assert predicted(FAMILIES["t5"].build(), batch) is batch["decoder_attention_mask"]
+    # whatever else it is given: labels, say
+    assert predicted(FAMILIES["t5"].build(), {"attention_mask": mask, "labels": mask}) is None
 
 
 # The model, and what is drawn
@@ -304,6 +307,8 @@ def test_half_precision_models(monkeypatch):
 class Blind(nn.Module):
     """Its second layer runs, and nothing comes of it."""
 
+    config = None
+
     def __init__(self):
         super().__init__()
         self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
@@ -364,6 +369,8 @@ class Experts(nn.Module):
 
 
 class Mixture(nn.Module):
+    config = None
+
     def __init__(self, *shares: int):
         super().__init__()
         self.layers = nn.ModuleList([Experts(*shares)])
