@@ -233,3 +233,75 @@ def reduced_rank_regression_error(inputs: Tensor, outputs: Tensor, rank: int) ->
     """`min ‖Y − X Bᵀ‖²` over B of a rank: what no B explains, and what the best rank-r fit of the rest leaves."""
     fitted = inputs @ torch.linalg.lstsq(inputs, outputs, driver="gelsd").solution
     return float((outputs - fitted).square().sum() + torch.linalg.svdvals(fitted)[rank:].square().sum())
+
+
+# Errors weighed by what they cost
+
+
+def weighted_error(weight: Tensor, approximation: Tensor, gram: Tensor, metric: Tensor) -> float:
+    """`tr(B E G Eᵀ)` with `E = W − Ŵ`, B the metric `(m, m)`."""
+    error = weight.double() - approximation.double()
+    return float(torch.trace(metric.double() @ error @ gram.double() @ error.T))
+
+
+def floored(metric: Tensor, floor: float) -> Tensor:
+    """A metric with `floor` times the mean of its diagonal added to all eigenvalues; the identity for a zero one."""
+    if not bool(metric.any()):
+        return torch.eye(len(metric), dtype=torch.float64)
+    mean = math.fsum(metric.double().diagonal().tolist()) / len(metric)
+    return metric.double() + floor * mean * torch.eye(len(metric), dtype=torch.float64)
+
+
+def symmetric_root(matrix: Tensor) -> Tensor:
+    """`M^{1/2}`, symmetric, of a positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def weighted_singular_values(weight: Tensor, inputs: Tensor, metric: Tensor) -> Tensor:
+    """Those of `B^{1/2} W Xᵀ`, as many as W has; the squares of the last ones are the least `tr(B E G Eᵀ)`."""
+    values = torch.linalg.svdvals(symmetric_root(metric) @ weight.double() @ inputs.double().T)
+    missing = min(weight.shape) - len(values)
+    return torch.cat([values, values.new_zeros(max(missing, 0))])[: min(weight.shape)]
+
+
+def weighted_als(weight: Tensor, gram: Tensor, metric: Tensor, right: Tensor, sweeps: int) -> Tensor:
+    """Ŵ after some sweeps of alternating least squares on `tr(B E G Eᵀ)`, each factor the best for the other."""
+    left = weight
+    for _ in range(sweeps):
+        left = weight @ gram @ right.T @ torch.linalg.pinv(right @ gram @ right.T)
+        right = torch.linalg.pinv(left.T @ metric @ left) @ left.T @ metric @ weight
+    return left @ right
+
+
+def outer_sum(gradients: Tensor) -> Tensor:
+    """`Σ_t g_t g_tᵀ` of gradients `(..., m)`."""
+    return gram_matrix(gradients.reshape(-1, gradients.shape[-1]))
+
+
+def fisher_of_softmax(logits: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """`Σ_t E[g_t g_tᵀ]` at each of some outputs `(..., m)`, every label of every position enumerated.
+
+    Labels of different positions are independent, and the mean of a gradient over the labels is zero: so the
+    expectation is a sum over positions, of `Σ_v p(v) g g'` with g the gradient of `−log p(v)` at one position.
+
+    Args:
+        logits: `(S, V)`.
+        outputs: that the logits depend on.
+    """
+    totals = [torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64) for x in outputs]
+    log_probabilities = logits.log_softmax(-1)
+    for row in log_probabilities:
+        for value in row:
+            for total, gradient in zip(totals, torch.autograd.grad(-value, outputs, retain_graph=True), strict=True):
+                total += float(value.detach().exp()) * outer_sum(gradient)
+    return totals
+
+
+def fisher_of_normal(mean: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The same where the model predicts the mean `(S, V)` of a normal distribution of unit variance."""
+    totals = [torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64) for x in outputs]
+    for value in mean.flatten():
+        for total, gradient in zip(totals, torch.autograd.grad(value, outputs, retain_graph=True), strict=True):
+            total += outer_sum(gradient)
+    return totals

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from watch import Inputs, plain_forward
 
 from optimum_pgsvd import CalibrationError, NonFiniteError, PGSVDCompressor, PGSVDConfig, factoring
+from optimum_pgsvd.calibration import Step
 from optimum_pgsvd.distributed import Peers
 from optimum_pgsvd.factoring import Clock, InPlace, Job, factor, undone_on_error
 from optimum_pgsvd.factoring.measuring import in_step
@@ -248,9 +249,10 @@ class Events:
 def test_a_block_that_no_batch_of_this_process_runs_is_loaded_while_it_is_factored() -> None:
     peers, events = Peers(), Events()
     peers.size = 2
-    order, here = ["first", "second", "third"], iter([("second", "recorded")])
-    for block, recorded in in_step(here, order, lambda block: f"nothing of {block}", events, peers):
-        events.seen.append((recorded, block))
+    order, here = ["first", "second", "third"], iter([Step("second", "recorded")])
+    for step in in_step(here, order, lambda block: [f"nothing of {block}"], events, peers):
+        assert step.last
+        events.seen.append((step.recorder, step.block))
     assert events.seen == [
         ("load", "first"),
         ("nothing of first", "first"),
@@ -265,9 +267,9 @@ def test_a_block_that_no_batch_of_this_process_runs_is_loaded_while_it_is_factor
 def test_processes_whose_batches_run_blocks_in_another_order_are_refused() -> None:
     peers = Peers()
     peers.size = 2
-    here = iter([("second", None), ("first", None)])
+    here = iter([Step("second", None), Step("first", None)])
     with pytest.raises(CalibrationError, match="some batches run first earlier than others do; compress with one"):
-        list(in_step(here, ["first", "second"], lambda block: None, Events(), peers))
+        list(in_step(here, ["first", "second"], lambda block: [None], Events(), peers))
 
 
 # What is held
@@ -284,15 +286,15 @@ def alive(layers: dict[str, weakref.ref]) -> set[str]:
 def observed(model: PreTrainedModel, config: PGSVDConfig, undo: bool, monkeypatch) -> list[tuple[str, set[str], int]]:
     """Whenever a block is about to be measured: the dense layers and the number of recorders that are still held."""
     layers, recorders, seen = dense_layers(model, config), [], []
-    recorder = factoring.measuring.recorder
+    make = factoring.measuring.recorders
 
     def observe(job: Job, block: str, *args: Any) -> Any:
         seen.append((block, alive(layers), sum(reference() is not None for reference in recorders)))
-        result = recorder(job, block, *args)
-        recorders.append(weakref.ref(result))
+        result = make(job, block, *args)
+        recorders.extend(map(weakref.ref, result))
         return result
 
-    monkeypatch.setattr(factoring.measuring, "recorder", observe)
+    monkeypatch.setattr(factoring.measuring, "recorders", observe)
     PGSVDCompressor(config).compress(model, undo=undo)
     assert alive(layers) == set(layers) - set(low_rank_layers(model))
     assert not any(reference() is not None for reference in recorders)
@@ -506,9 +508,9 @@ def test_what_a_destination_is_told(fields: dict[str, str], monkeypatch) -> None
     model = toy(lambda: Toy(Layer(), Layer(), Layer()))
     job = job_for(model, toy_batches(2), **fields)
     job.destination = Recording(model, {"layers.1": [EARLIER]})
-    recorder, recorded = factoring.measuring.recorder, []
-    observe = lambda job, block, *rest: recorded.append(block) or recorder(job, block, *rest)  # noqa: E731
-    monkeypatch.setattr(factoring.measuring, "recorder", observe)
+    make, recorded = factoring.measuring.recorders, []
+    observe = lambda job, block, *rest: recorded.append(block) or make(job, block, *rest)  # noqa: E731
+    monkeypatch.setattr(factoring.measuring, "recorders", observe)
     layers, _ = factor(job)
     assert recorded == ([] if "solver" in fields else ["layers.0", "layers.2"])
     kept = [event for event in job.destination.events if event[0] == "keep"]

@@ -43,8 +43,11 @@ def recorders_of(
     targets = find_targets(model, config)
     plan = given_ranks(targets.shapes, dict.fromkeys(targets.names, 1))
     job = Job(model, targets, plan, batches, config, Clock(), InPlace())
-    for block, recorder in measured(job):
-        yield [target.name for target in job.in_block(block)], recorder
+    for step in measured(job):
+        yield (
+            [target.name for target in job.in_block(step.block) if target.name in step.recorder.tokens],
+            step.recorder,
+        )
 
 
 def moments_of(model: PreTrainedModel, batches: list[Batch], config: PGSVDConfig = SMALLEST) -> dict[str, Moments]:

@@ -266,19 +266,19 @@ def parts_in_memory(weights):
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
 @pytest.mark.parametrize("name", ["llama", "t5", "clip"])
 def test_one_block_at_a_time(name, calibration, saved, tmp_path, monkeypatch):
-    load, factor_block, loaded = StreamedWeights.load, factoring.blocks.factor_block, []
+    load, factor_layers, loaded = StreamedWeights.load, factoring.blocks.factor_layers, []
 
     def checked_load(self, block):
         load(self, block)
         assert parts_in_memory(self) == {block}
         loaded.append(block)
 
-    def checked_factor(job, block, *args):
-        assert parts_in_memory(job.destination.weights) == {block} - {None}
-        return factor_block(job, block, *args)
+    def checked_factor(job, step, *args):
+        assert parts_in_memory(job.destination.weights) == {step.block} - {None}
+        return factor_layers(job, step, *args)
 
     monkeypatch.setattr(StreamedWeights, "load", checked_load)
-    monkeypatch.setattr(factoring.blocks, "factor_block", checked_factor)
+    monkeypatch.setattr(factoring.blocks, "factor_layers", checked_factor)
     on_disk(saved(name), tmp_path / "mine", request(FAMILIES[name], calibration=calibration))
     blocks = find_blocks(FAMILIES[name].build())
     assert sorted(loaded) == sorted(blocks * 3)  # for the plan, the survey, and the factors

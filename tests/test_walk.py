@@ -31,6 +31,16 @@ def nothing(block: str) -> None:
     """Records nothing, and does nothing."""
 
 
+def nothings(block: str) -> list[None]:
+    """The same in anchored calibration."""
+    return [None]
+
+
+def alone(recorder_of: Callable[[str], GramRecorder]) -> Callable[[str], list[GramRecorder]]:
+    """All layers of a block in one stage."""
+    return lambda block: [recorder_of(block)]
+
+
 @contextmanager
 def surveyed(model: nn.Module, batches: list[Batch], **options) -> Iterator[BlockWalk]:
     """A walk that is ready to measure."""
@@ -45,10 +55,11 @@ def walked(
     """The blocks as they are handed out, and their calls in the order in which they were made."""
     order = []
     with surveyed(model, batches, **options) as walk, watching(model, walk) as watch:
-        for block, recorder in walk.measure(nothing):
-            assert recorder is None
-            order.append(block)
-            then(block)
+        for step in walk.measure(nothing):
+            assert step.recorder is None
+            assert step.last
+            order.append(step.block)
+            then(step.block)
     return order, watch.calls
 
 
@@ -160,9 +171,9 @@ def test_recorders_see_each_batch_once(name: str) -> None:
     with BlockWalk(model, find_blocks(model), batches) as walk:
         walk.survey(linears(model))
         found = {}
-        for block, recorder in walk.measure(lambda block: GramRecorder(linears(model, f"{block}."), walk.rows)):
-            assert all(layer.startswith(f"{block}.") for layer in recorder.tokens)
-            found |= recorder.tokens
+        for step in walk.measure(lambda block: GramRecorder(linears(model, f"{block}."), walk.rows)):
+            assert all(layer.startswith(f"{step.block}.") for layer in step.recorder.tokens)
+            found |= step.recorder.tokens
     assert found == {name: rows[name] for name in found}
     assert min(found.values()) > 0
 
@@ -184,7 +195,8 @@ def test_odd_models_are_recorded(name: str) -> None:
         for batch in batches:
             model(**batch)
     with surveyed(model, batches) as walk:
-        for block, recorder in walk.measure(lambda block: GramRecorder(linears(model, f"{block}."), walk.rows)):
+        for step in walk.measure(lambda block: GramRecorder(linears(model, f"{block}."), walk.rows)):
+            block, recorder = step.block, step.recorder
             x = torch.cat(inputs.rows.pop(f"{block}.dense"))
             assert recorder.tokens == {f"{block}.dense": len(x)}
             torch.testing.assert_close(recorder.moments(f"{block}.dense").gram, x.T @ x, rtol=1e-5, atol=1e-4)
@@ -196,8 +208,8 @@ def test_blocks_that_run_twice_are_handed_out_once_after_their_last_call() -> No
     model = toy(TOYS["every block twice"])
     seen = []
     with surveyed(model, toy_batches(2)) as walk, watching(model, walk) as watch:
-        for block, _ in walk.measure(nothing):
-            seen.append((block, len(watch.calls)))
+        for step in walk.measure(nothing):
+            seen.append((step.block, len(watch.calls)))
     assert seen == [("layers.0", 6), ("layers.1", 8)]
 
 
@@ -262,8 +274,8 @@ def test_a_block_waits_for_every_kind_of_batch(order) -> None:
     model, images, texts = images_and_texts("llava")
     passed = {}
     with surveyed(model, order(images, texts)) as walk, Watch(model, walk.modules, lambda: 0) as watch:
-        for block, _ in walk.measure(nothing):
-            passed[block] = sum(call.block == block for call in watch.calls)
+        for step in walk.measure(nothing):
+            passed[step.block] = sum(call.block == step.block for call in watch.calls)
         assert walk.blocks == list(passed)
     assert passed == {block: 2 if "vision" in block else 4 for block in find_blocks(model)}
 
@@ -298,7 +310,7 @@ def test_one_block_is_resident_at_a_time_in_anchored_calibration() -> None:
     model, batches = FAMILIES["t5"].build(), FAMILIES["t5"].batches(2)
     weights = Resident(model)
     with surveyed(model, batches, weights=weights) as walk:
-        order = [block for block, _ in walk.measure_anchored(nothing)]
+        order = [step.block for step in walk.measure_anchored(nothings)]
     assert weights.loaded is None
     assert weights.loads == order * 2
 
@@ -315,7 +327,7 @@ def test_all_batches_pass_a_block_before_one_passes_the_next(family: Family) -> 
 def test_a_block_is_handed_out_before_the_next_one_runs() -> None:
     model, batches = FAMILIES["llama"].build(), FAMILIES["llama"].batches(3)
     with surveyed(model, batches) as walk, watching(model, walk) as watch:
-        seen = [(block, len(watch.calls)) for block, _ in walk.measure(nothing)]
+        seen = [(step.block, len(watch.calls)) for step in walk.measure(nothing)]
     assert seen == [("model.layers.0", 3), ("model.layers.1", 6)]
 
 
@@ -382,8 +394,8 @@ def test_of_what_blocks_put_out_only_what_later_blocks_need_is_held(name: str) -
                 )
             )
         done: list[str] = []
-        for block, _ in walk.measure(lambda block: GramRecorder(linears(model, f"{block}."), walk.rows)):
-            done.append(block)
+        for step in walk.measure(lambda block: GramRecorder(linears(model, f"{block}."), walk.rows)):
+            done.append(step.block)
             for found, expected in zip(outputs, plain, strict=True):
                 later = {id(tensor) for call in expected if call.block not in done for tensor in call.inputs}
                 held = [reference() is not None for references in found for reference in references]
@@ -396,22 +408,23 @@ def test_recorders_hold_no_activations() -> None:
     inputs = []
     layer = model.model.layers[0].mlp.down_proj
     layer.register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0])))
-    for measure in (BlockWalk.measure, BlockWalk.measure_anchored):
+    for anchored in (False, True):
         with surveyed(model, batches) as walk:
             inputs.clear()
 
             def recorder_of(block: str) -> GramRecorder:
                 return AnchoredRecorder(linears(model, f"{block}."), walk.rows, None, 0.5)  # noqa: B023
 
-            recorder = next(measure(walk, recorder_of))[1]
+            steps = walk.measure_anchored(alone(recorder_of)) if anchored else walk.measure(recorder_of)
+            recorder = next(steps).recorder
             assert recorder.layers
-            assert len(inputs) == (2 if measure is BlockWalk.measure else 4)
+            assert len(inputs) == (4 if anchored else 2)
             assert not any(reference() is not None for reference in inputs)
 
 
 def test_recorders_are_let_go_before_the_next_block_runs() -> None:
     model, batches = FAMILIES["llama"].build(), FAMILIES["llama"].batches(2)
-    for measure in (BlockWalk.measure, BlockWalk.measure_anchored):
+    for anchored in (False, True):
         with surveyed(model, batches) as walk:
             made: list[weakref.ref] = []
 
@@ -422,9 +435,9 @@ def test_recorders_are_let_go_before_the_next_block_runs() -> None:
                 return recorder
 
             blocks = []
-            for block, recorder in measure(walk, recorder_of):
-                blocks.append(block)
-                del recorder
+            for step in walk.measure_anchored(alone(recorder_of)) if anchored else walk.measure(recorder_of):
+                blocks.append(step.block)
+                step.release()
             assert blocks == ["model.layers.0", "model.layers.1"]
 
 
@@ -564,12 +577,13 @@ def fail_in_the_survey(model: nn.Module, batches: list[Batch]) -> None:
 
 def anchored(model: nn.Module, batches: list[Batch]) -> None:
     with surveyed(model, batches) as walk:
-        list(walk.measure_anchored(lambda block: AnchoredRecorder(linears(model, f"{block}."), walk.rows, None, 0.5)))
+        make = lambda block: AnchoredRecorder(linears(model, f"{block}."), walk.rows, None, 0.5)  # noqa: E731
+        list(walk.measure_anchored(alone(make)))
 
 
 def anchored_stopped(model: nn.Module, batches: list[Batch]) -> None:
     with surveyed(model, batches) as walk:
-        next(walk.measure_anchored(nothing))
+        next(walk.measure_anchored(nothings))
 
 
 WAYS = [
@@ -617,8 +631,8 @@ def test_what_takes_the_place_of_a_module_trains_where_that_one_did(training: bo
     model, batches = FAMILIES["llama"].build().train(), FAMILIES["llama"].batches(1)
     model.model.layers[1].train(training)
     with surveyed(model, batches) as walk:
-        for block, _ in walk.measure(nothing):
-            mlp = model.get_submodule(block).mlp
+        for step in walk.measure(nothing):
+            mlp = model.get_submodule(step.block).mlp
             mlp.up_proj = nn.Sequential(nn.Linear(32, 3), nn.Linear(3, 64))
             mlp.added = nn.Linear(1, 1)
             assert mlp.up_proj.training  # as modules are when they are made
@@ -806,7 +820,7 @@ def test_a_walk_that_several_greenlets_take_forward() -> None:
         blocks = walk.measure(nothing)
 
         def step() -> None:
-            order.append(next(blocks)[0])
+            order.append(next(blocks).block)
             main.switch()
 
         for _ in range(3):
@@ -842,8 +856,8 @@ def test_two_walks_over_one_model_in_turns() -> None:
         surveyed(model, batches[2:]) as other,
         Watch(model, one.modules, lambda: one.running.number if one.running else 2 + other.running.number) as watch,
     ):
-        for (a, _), (b, _) in zip(one.measure(nothing), other.measure(nothing), strict=True):
-            assert a == b
+        for a, b in zip(one.measure(nothing), other.measure(nothing), strict=True):
+            assert a.block == b.block
     for calls, plain in zip(watch.by_batch(4), expected, strict=True):
         assert_same_calls(calls, plain)
 
@@ -985,9 +999,9 @@ def test_ways_of_which_the_survey_has_seen_two(signs: tuple[int, ...]) -> None:
     with BlockWalk(model, find_blocks(model), batches) as walk:
         walk.survey(linears(model) | {"never reached": nn.Linear(1, 1)})
         with watching(model, walk) as watch:
-            for block, _ in walk.measure(nothing):
-                order.append(block)
-                wipe(model, block)
+            for step in walk.measure(nothing):
+                order.append(step.block)
+                wipe(model, step.block)
     assert sorted(order) == sorted(find_blocks(model))
     for one, other in zip(watch.by_batch(3), expected, strict=True):
         assert_same_calls(one, other)
@@ -1003,9 +1017,9 @@ def test_batches_that_pass_a_block_by(signs: tuple[int, ...]) -> None:
     ]
     with surveyed(model, batches) as walk, watching(model, walk) as watch:
         found = {}
-        for block, recorder in walk.measure(lambda block: GramRecorder(linears(model, f"{block}."), walk.rows)):
-            found[block] = recorder.moments(f"{block}.dense").gram
-            wipe(model, block)
+        for step in walk.measure(lambda block: GramRecorder(linears(model, f"{block}."), walk.rows)):
+            found[step.block] = step.recorder.moments(f"{step.block}.dense").gram
+            wipe(model, step.block)
     assert sorted(found) == ["layers.0", "layers.1", "layers.2"]
     for one, other in zip(watch.by_batch(3), expected, strict=True):
         assert_same_calls(one, other)

@@ -85,16 +85,18 @@ def plain_calls(model: PreTrainedModel, batches: list[Batch]) -> list[list[Call]
 
 
 class Inputs(ExitStack):
-    """Keeps the inputs of some layers, flattened to rows and in float64."""
+    """Keeps the inputs of some layers, flattened to rows and in float64, and the order in which they were called."""
 
     def __init__(self, model: nn.Module, names: Iterable[str]):
         super().__init__()
         self.rows: dict[str, list[Tensor]] = {name: [] for name in names}
+        self.order: dict[str, None] = {}
         for name in self.rows:
             self.callback(model.get_submodule(name).register_forward_pre_hook(self.before(name)).remove)
 
     def before(self, name: str):
         def hook(module: nn.Module, args: tuple) -> None:
+            self.order.setdefault(name)
             rows = args[0].reshape(-1, args[0].shape[-1])
             self.rows[name].append(rows.to(torch.float64, copy=True))
 

@@ -14,12 +14,8 @@ from transformers.utils import logging
 from ..distributed import Peers
 from ..errors import CalibrationError, NonFiniteError
 from ..targets import weight_shape
-from .forward import evaluating, on_device
+from .forward import evaluating, forward
 from .moments import SecondMoment
-
-
-# Batches of one seed draw from generators of their own, so that it does not matter which process has which.
-LARGEST_SET = 2**32
 
 
 # Predictions are softened to this temperature. What the model is sure of costs nothing to the second order, yet it is
@@ -115,7 +111,7 @@ def measure_curvature(
         See `CurvatureRecorder.metrics`.
 
     Raises:
-        CalibrationError: the predictions do not depend on a layer.
+        CalibrationError: the model does not accept a batch, or the predictions do not depend on a layer.
         NonFiniteError: a gradient is NaN or infinite.
 
     Source:
@@ -123,15 +119,18 @@ def measure_curvature(
     """
     peers = Peers()
     numbers = peers.mine(len(batches))
+    # Each batch draws from a generator of its own, so that it does not matter which process has which. A generator
+    # takes 32 bits of its seed.
+    seeds = torch.randint(2**32, (len(batches),), generator=torch.Generator().manual_seed(seed))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         with CurvatureRecorder(layers) as recorder, evaluating(model), torch.enable_grad():
             for number in logging.tqdm(numbers, desc="Measuring gradients", unit="batch", disable=None):
-                draws = torch.Generator().manual_seed(seed + LARGEST_SET * number)
-                mask = predicted(model, batches[number])
-                surprise(model(**on_device(batches[number], model)), mask, draws).backward()
+                draws = torch.Generator().manual_seed(int(seeds[number]))
+                outputs = forward(model, batches[number], number, True)
+                surprise(outputs, predicted(model, batches[number]), draws).backward()
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
@@ -147,8 +146,8 @@ def predicted(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
 def surprise(outputs: Any, mask: Tensor | None, draws: torch.Generator) -> Tensor:
     """The negative log-likelihood, summed, of labels drawn from what the model itself predicts.
 
-    Predictions are the softened softmax of every output that is named logits; of a model without any, its first output is the
-    mean of a normal distribution of unit variance. Padding is left out.
+    Predictions are the softened softmax of every output that is named logits; of a model without any, its first output
+    is the mean of a normal distribution of unit variance. Padding is left out.
 
     Args:
         outputs: of the model, a `ModelOutput`.

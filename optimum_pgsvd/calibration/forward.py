@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError, PGSVDError
 
 
-def forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: bool) -> None:
+def forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: bool) -> Any:
     """Run a model on a batch.
 
     Args:
@@ -22,6 +22,9 @@ def forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: bool
         number: of the batch, for the error.
         whole: whether the logits of every token are needed.
 
+    Returns:
+        What the model does.
+
     Raises:
         CalibrationError: the model does not accept the batch.
     """
@@ -29,7 +32,7 @@ def forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: bool
     if not whole and "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs.setdefault("logits_to_keep", 1)
     try:
-        model(**inputs)
+        return model(**inputs)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, (PGSVDError, torch.OutOfMemoryError)):
             raise

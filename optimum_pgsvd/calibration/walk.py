@@ -506,7 +506,10 @@ class BlockWalk(AbstractContextManager):
         if isinstance(one, Pass) and one.walk is self:
             if one.recalls:
                 outputs = first_tensor(result)
-                one.outcome = one.padding.rows(outputs, outputs)
+                # a copy: the model may change what a block gives in place
+                one.outcome = one.padding.rows(outputs, outputs).clone()
+                if self.keep is not None:
+                    one.outcome = self.keep(module, args, one.outcome)
             one.padding.leave_block()
 
 

@@ -101,7 +101,7 @@ def recorders(job: Measuring, block: str, walk: BlockWalk, leaders: Mapping[str,
     """What records the moments of a block's layers, one after the other."""
     layers = job.layers(block)
     if job.config.calibration == "anchored":
-        parts = stages(layers, leaders)
+        parts = stages(layers, leaders) or [{}]
         return [AnchoredRecorder(part, walk.rows, leaders, job.config.blend) for part in parts]
     # Of all targets, not of those to factor: what is measured of a layer must not depend on the budget.
     shapes = {t.name: (t.shape.out_features, t.shape.in_features) for t in job.targets.found if t.block == block}
@@ -113,7 +113,7 @@ def recorders(job: Measuring, block: str, walk: BlockWalk, leaders: Mapping[str,
 def stages(layers: Mapping[str, nn.Module], leaders: Mapping[str, str]) -> list[dict[str, nn.Module]]:
     """Layers in the order in which they run, those in one stage that share an input or stand for one another.
 
-    Layers stand for one another whose names differ in numbers only, as those of several experts do.
+    Layers stand for one another whose places differ in numbers only, `experts.0.w1` and `experts.1.w1`.
 
     Args:
         layers: of a block.
@@ -122,7 +122,7 @@ def stages(layers: Mapping[str, nn.Module], leaders: Mapping[str, str]) -> list[
     found: list[dict[str, nn.Module]] = []
     stage_of: dict[str, dict[str, nn.Module]] = {}
     for name in sorted(layers, key=list(leaders).index):
-        keys = (leaders[name], re.sub(r"\d+", "*", name))
+        keys = (leaders[name], re.sub(r"(?<=\.)\d+(?=\.)", "*", name))
         stage = next((stage_of[key] for key in keys if key in stage_of), None)
         if stage is None:
             stage = {}

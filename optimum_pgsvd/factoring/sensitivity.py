@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -81,6 +82,8 @@ def loss_profiles(
             if owners[target.name] == job.peers.rank:
                 moments, weight = step.recorder.moments(target.name), dense_weight(model, target.name)
                 spectrum = weighted_spectrum(weight, moments.measured, moments.energies, curvature[target.name])
-                mine[target.name] = SVDProfile(target.shape, spectrum.cpu())
+                # Both moments are sums over tokens, and what the layer counts is one such sum.
+                per_token = spectrum.cpu() / math.sqrt(step.recorder.tokens[target.name])
+                mine[target.name] = SVDProfile(target.shape, per_token)
         profiles |= job.peers.merge(mine)
     return {name: profiles[name] for name in targets.names}

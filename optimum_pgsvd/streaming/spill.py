@@ -161,9 +161,9 @@ class Spill:
 
 
 def is_large(value: Any) -> bool:
-    """Whether a value is a tensor worth keeping in a file: no parameter, and in main memory."""
+    """Whether a value is a tensor worth keeping in a file: no parameter, in main memory, and not differentiated."""
     plain = type(value) is Tensor and value.layout == torch.strided and value.device.type == "cpu"
-    return plain and value.nbytes >= SMALLEST
+    return plain and not value.requires_grad and value.nbytes >= SMALLEST
 
 
 def is_dense(tensor: Tensor) -> bool:
