@@ -169,7 +169,7 @@ def sentence_encoder(folder: Path, data: Path) -> Case:
         return 1 - float(torch.corrcoef(torch.stack([before, similarities(compressed)]))[0, 1])
 
     return Case(
-        model, tokenizer, lambda seed: calibration, {"num_samples": 256, "sequence_length": 128}, loss,
+        model, tokenizer, lambda seed: calibration, {"num_samples": 128, "sequence_length": 128}, loss,
         "1 − correlation of similarities",
     )  # fmt: skip
 
