@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -30,8 +30,11 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     )
     budget.add_argument("--tolerance", type=float, help="relative error allowed in each layer, 0 to 1")
     budget.add_argument("--ranks", help="JSON file: rank by layer name or glob")
-    how = parser.add_argument_group("allocation")
-    how.add_argument("--allocation", default="pareto", help="pareto (PGSVD, default), loss or uniform")
+    how = parser.add_argument_group("allocation", argument_default=SUPPRESS)
+    how.add_argument(
+        "--best", action="store_true", help="the most accurate settings (PGSVDConfig.best) instead of the paper's"
+    )
+    how.add_argument("--allocation", help="pareto (PGSVD, default), loss or uniform")
     how.add_argument(
         "--group",
         nargs=2,
@@ -40,34 +43,32 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         metavar=("GLOB", "BUDGET"),
         help='a budget of its own for some layers, e.g. --group "*.mlp.*" tolerance=0.3; may be repeated',
     )
-    how.add_argument("--storage", default="factors", help="factors (default) or pivoted: fewer parameters per rank")
-    how.add_argument("--modules-to-not-convert", nargs="*", default=None, help="names or globs that stay dense")
-    how.add_argument("--rank-multiple", type=int, default=1, help="ranks are multiples of this (default 1)")
+    how.add_argument("--storage", help="factors (default) or pivoted: fewer parameters per rank")
+    how.add_argument("--modules-to-not-convert", nargs="*", help="names or globs that stay dense")
+    how.add_argument("--rank-multiple", type=int, help="ranks are multiples of this (default 1)")
 
 
 def add_calibration_arguments(parser: ArgumentParser) -> None:
     """What the factors are fitted on, and by which solver."""
-    how = parser.add_argument_group("calibration")
+    how = parser.add_argument_group("calibration", argument_default=SUPPRESS)
     how.add_argument(
         "--dataset", help='.txt, .jsonl or .parquet file, Hub dataset, folder of `pgsvd measure`, or "self"'
     )
     how.add_argument("--tokenizer", help="folder or Hub name (default: the model's)")
-    how.add_argument("--calibration", default="parallel", help="parallel (the paper, default) or anchored")
-    how.add_argument("--blend", type=float, default=0.5, help="of anchored calibration: 1 aims at the dense outputs")
+    how.add_argument("--calibration", help="parallel (the paper, default) or anchored")
+    how.add_argument("--blend", type=float, help="of anchored calibration: 1 aims at the dense outputs")
     how.add_argument(
-        "--refine-steps", type=int, default=0, help="AdamW steps on each block's factors (default 0; needs anchored)"
+        "--refine-steps", type=int, help="AdamW steps on each block's factors (default 0; needs anchored)"
     )
-    how.add_argument("--num-samples", type=int, default=256, help="calibration sequences (default 256)")
+    how.add_argument("--num-samples", type=int, help="calibration sequences (default 256)")
     how.add_argument(
         "--sequence-length", type=int, help="tokens in a sequence (default: the model's maximum, at most 2048)"
     )
-    how.add_argument("--batch-size", type=int, default=8, help="sequences in a forward pass (default 8)")
-    how.add_argument("--seed", type=int, default=0, help="of the choice of samples (default 0)")
-    how.add_argument(
-        "--solver", default="eigh", help="eigh (closed form, default), als (the paper's) or svd (no data)"
-    )
-    how.add_argument("--objective", default="outputs", help="outputs (the paper, default) or loss (weighs errors)")
-    how.add_argument("--num-iterations", type=int, default=10, help="ALS sweeps (default 10)")
+    how.add_argument("--batch-size", type=int, help="sequences in a forward pass (default 8)")
+    how.add_argument("--seed", type=int, help="of the choice of samples (default 0)")
+    how.add_argument("--solver", help="eigh (closed form, default), als (the paper's) or svd (no data)")
+    how.add_argument("--objective", help="outputs (the paper, default) or loss (weighs errors)")
+    how.add_argument("--num-iterations", type=int, help="ALS sweeps (default 10)")
 
 
 def add_output_arguments(parser: ArgumentParser, what: str) -> None:
@@ -85,7 +86,7 @@ def add_output_arguments(parser: ArgumentParser, what: str) -> None:
 CONFIG_FIELDS = (
     "parameter_reduction", "tolerance", "allocation", "modules_to_not_convert", "rank_multiple", "dataset",
     "tokenizer", "calibration", "blend", "num_samples", "sequence_length", "batch_size", "seed", "solver",
-    "num_iterations", "storage", "self_contained", "elastic",
+    "num_iterations", "storage", "self_contained", "elastic", "objective", "refine_steps", "correct_bias",
 )  # fmt: skip
 
 
@@ -97,7 +98,8 @@ def config_of(args: Namespace, **fixed: Any) -> Any:
     if getattr(args, "ranks", None):
         with open(args.ranks, encoding="utf-8") as file:
             fields["ranks"] = json.load(file)
-    return PGSVDConfig(**{**fields, "groups": groups_of(args), **fixed})
+    settings = PGSVDConfig.best if getattr(args, "best", False) else PGSVDConfig
+    return settings(**{**fields, "groups": groups_of(args), **fixed})
 
 
 def groups_of(args: Namespace) -> dict[str, dict[str, float]]:
@@ -179,7 +181,7 @@ class CompressCommand(_Command):
         config = config_of(args)
         to = destination(args.push_to_hub, private=args.private or None) if args.push_to_hub else None
         is_main = joined_peers().is_main
-        if wants_stream(args):
+        if wants_stream(args, config):
             self.streamed(args, config, is_main)
             model: Any = load_compressed(args.output) if to is not None and is_main else None
         else:
@@ -273,14 +275,14 @@ def leave_peers() -> None:
         dist.destroy_process_group()
 
 
-def wants_stream(args: Namespace) -> bool:
+def wants_stream(args: Namespace, config: Any) -> bool:
     """Whether to hold one block in memory at a time: as asked, else where the model would not fit."""
     from ..checkpoint import stored_bytes
     from ..report import available_memory
 
     if args.stream is not None:
         return args.stream
-    if args.dataset == "self" or "loss" in (args.objective, args.allocation):
+    if config.dataset == "self" or config.needs_curvature:
         return False
     hub = {"revision": args.revision} if args.revision else {}
     # half as much again: factors beside their weights, activations, Gram matrices
