@@ -51,6 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "all of these": TOGETHER,
     "all, plain storage": {**TOGETHER, "storage": "factors"},
     "all, ranks by the paper": {**TOGETHER, "allocation": "pareto"},
+    "all, uniform ranks": {**TOGETHER, "allocation": "uniform"},
     "all, factors by output error": {**TOGETHER, "objective": "outputs"},
     "all, parallel calibration": {**TOGETHER, "calibration": "parallel"},
     "all and refinement: PGSVDConfig.best": {**TOGETHER, "refine_steps": 100},
