@@ -294,6 +294,7 @@ def planned(model: PreTrainedModel, config: PGSVDConfig, weights: Weights | None
     """The plan for a model, from measurements where the config names them, else from its weights."""
     targets = find_targets(model, config)
     measurements = measurements_of(targets, config)
-    profiles = measurements.profiles(targets) if measurements else None
+    by_loss = ALLOCATIONS.trait(config.allocation, "needs_curvature")
+    profiles = measurements.profiles(targets) if measurements and not by_loss else None
     plan = plan_ranks(model, targets, config, weights, profiles)
     return CompressionReport.of_plan(plan, targets, model, config.to_dict())

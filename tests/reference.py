@@ -221,6 +221,44 @@ def one_fraction_for_all(
     return max((plan for plan in plans if kept(plan) <= limit), key=kept, default=None)
 
 
+def charged_options(m: int, n: int, values: Sequence[float], rank_multiple: int) -> list[Option]:
+    """Options with `−w log(1 − t)` for an error: w the sum of all squares, t the share that a rank leaves out."""
+    squares = [value * value for value in values]
+    whole = math.fsum(squares)
+
+    def charge(rank: int) -> float:
+        share = math.fsum(squares[rank:]) / whole if whole else 0.0
+        return -whole * math.log(1 - min(share, 1 - 1e-12))
+
+    return layer_options(m, n, [charge(rank) for rank in range(min(m, n) + 1)], rank_multiple)
+
+
+def prices(options: Mapping[str, list[Option]]) -> list[float]:
+    """Prices of a parameter at which some layer's best option changes, those between them, and beyond."""
+    slopes = {
+        (one.error - other.error) / (other.parameters - one.parameters)
+        for layer in options.values()
+        for one, other in itertools.combinations(layer, 2)
+    }
+    ordered = sorted({0.0, *slopes})
+    between = [(a + b) / 2 for a, b in itertools.pairwise(ordered)]
+    return [*ordered, *between, 2 * ordered[-1] + 1]
+
+
+def is_best_at(price: float, option: Option, layer: Sequence[Option]) -> bool:
+    """Whether no other option of a layer costs less, errors and parameters at their price together."""
+    least = min(other.error + price * other.parameters for other in layer)
+    return option.error + price * option.parameters <= least + 1e-9 * (1 + abs(least))
+
+
+def saving_of_next_vertex(option: Option, layer: Sequence[Option]) -> float:
+    """What an option's error is above that of the next larger option that is best at some price."""
+    larger = [other for other in layer if other.parameters > option.parameters]
+    candidates = prices({"": list(layer)})
+    vertices = [other for other in larger if any(is_best_at(price, other, layer) for price in candidates)]
+    return option.error - min(vertices, key=lambda other: other.parameters).error if vertices else 0.0
+
+
 def anchored_weight(weight: Tensor, dense: Tensor, compressed: Tensor, blend: float, ridge: float) -> Tensor:
     """`argmin_A ‖W X_βᵀ − A X_cᵀ‖² + ridge ‖A − W‖²` by one plain least-squares problem with rows for both terms."""
     anchor = blend * dense + (1 - blend) * compressed

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from optimum_pgsvd.allocation import ALLOCATIONS
 from optimum_pgsvd.allocation.ladder import Ladder, climb, parameter_budget
+from optimum_pgsvd.allocation.loss import charges, hull_slopes
 from optimum_pgsvd.errors import ConfigError
 from optimum_pgsvd.linalg import singular_values
 from optimum_pgsvd.structures import Budget, LinearShape, RankPlan, SVDProfile
@@ -354,11 +355,151 @@ def test_uniform_ignores_profiles_and_takes_no_tolerance():
         ALLOCATIONS["uniform"](shapes, {}, Budget(tolerance=0.1), 1)
 
 
+# By what it costs the loss
+
+
+def loss_options(profiles: dict[str, SVDProfile], rank_multiple: int) -> dict[str, list[reference.Option]]:
+    """With what is charged for an option in the place of its error."""
+    return {
+        name: reference.charged_options(p.shape.out_features, p.shape.in_features, p.values.tolist(), rank_multiple)
+        for name, p in profiles.items()
+    }
+
+
+def price_of(options: dict[str, list[reference.Option]], chosen: reference.Choice) -> float | None:
+    """A price of a parameter at which all layers but at most one have their best option, if there is one."""
+    return next(
+        (
+            price
+            for price in reference.prices(options)
+            if sum(not reference.is_best_at(price, chosen[name], layer) for name, layer in options.items()) <= 1
+        ),
+        None,
+    )
+
+
+@many
+@given(shapes_of_layers, seeds, reductions, multiples)
+def test_loss_is_the_optimum_of_its_lagrangian_but_for_one_layer(shapes, seed, reduction, rank_multiple):
+    profiles = profiles_of(shapes, seed)
+    plan = try_reduction("loss", profiles, reduction, rank_multiple)
+    assume(plan is not None)
+    options = loss_options(profiles, rank_multiple)
+    assert price_of(options, choice(plan, options)) is not None
+
+
+@many
+@given(shapes_of_layers, seeds, reductions, multiples)
+def test_loss_is_brute_force_but_for_one_step_of_one_layer(shapes, seed, reduction, rank_multiple):
+    """The gap to the best of all combinations is no more than one layer's step along its convex hull would save."""
+    profiles = profiles_of(shapes, seed)
+    plan = try_reduction("loss", profiles, reduction, rank_multiple)
+    options = loss_options(profiles, rank_multiple)
+    limit = reference.budget(shapes, reduction)
+    least = reference.least_total_error(options, limit)
+    assert (plan is None) == (least is None)
+    assume(plan is not None)
+    chosen = choice(plan, options)
+    assert reference.kept(chosen) <= limit
+    total = math.fsum(option.error for option in chosen.values())
+    gap = max(reference.saving_of_next_vertex(chosen[name], layer) for name, layer in options.items())
+    assert least - 1e-9 * (1 + least) <= total <= least + gap + 1e-9 * (1 + least)
+
+
+def test_loss_keeps_layers_dense_that_are_worth_it():
+    """One that counts for a thousand others is not touched; one that counts for nothing takes its smallest rank."""
+    profiles = {
+        name: SVDProfile(LinearShape(8, 8), scale * torch.ones(8, dtype=torch.float64))
+        for name, scale in (("heavy", 30.0), ("light", 1.0), ("nothing", 0.0))
+    }
+    plan = allocate("loss", profiles, Budget(parameter_reduction=0.4))
+    assert {name: layer.rank for name, layer in plan.layers.items()} == {"heavy": None, "light": 2, "nothing": 1}
+
+
+def test_scales_of_layers_matter_and_of_all_together_do_not():
+    """What the paper's profile is blind to."""
+    values = spectrum((12, 12), 0)
+    shape = LinearShape(12, 12)
+
+    def ranks(*scales: float) -> list[int | None]:
+        profiles = {f"layer{i}": SVDProfile(shape, scale * values) for i, scale in enumerate(scales)}
+        return [layer.rank for layer in allocate("loss", profiles, Budget(parameter_reduction=0.5)).layers.values()]
+
+    assert ranks(1, 1, 1) == ranks(100, 100, 100)
+    first, second, third = (rank or 12 for rank in ranks(10, 1, 0.1))
+    assert first > second > third
+
+
+def test_loss_beats_one_tolerance_for_all_where_layers_differ_in_weight():
+    """The control, in what is charged."""
+    shape = LinearShape(24, 24)
+    profiles = {f"layer{i}": SVDProfile(shape, 4.0**-i * spectrum((24, 24), i)) for i in range(3)}
+    options = loss_options(profiles, 1)
+    totals = {
+        name: sum(o.error for o in choice(allocate(name, profiles, Budget(0.5)), options).values())
+        for name in ("loss", "pareto", "uniform")
+    }
+    assert totals["loss"] < 0.5 * totals["pareto"]
+    assert totals["loss"] < 0.5 * totals["uniform"]
+
+
+def test_pivoted_storage_buys_higher_ranks_for_the_same_budget():
+    values = spectrum((16, 16), 3)
+    plans = {
+        storage: allocate(
+            "loss",
+            {n: SVDProfile(LinearShape(16, 16, storage), values) for n in "ab"},
+            Budget(parameter_reduction=0.4),
+        )
+        for storage in ("factors", "pivoted")
+    }
+    assert all(plan.parameter_reduction >= 0.4 for plan in plans.values())
+    costs = {"factors": lambda r: 32 * r, "pivoted": lambda r: r * (32 - r)}
+    for storage, plan in plans.items():
+        assert plan.kept_parameters == sum(costs[storage](rank) for rank in plan.ranks.values())
+        # Two equal layers share a budget of 307: the first has one rank more where it fits.
+        first, second = plan.ranks.values()
+        assert second <= first <= second + 1
+        assert plan.kept_parameters + costs[storage](second + 1) - costs[storage](second) > 307
+    assert (list(plans["factors"].ranks.values()), list(plans["pivoted"].ranks.values())) == ([5, 4], [6, 5])
+
+
+def test_a_spectrum_that_is_cut_to_nothing_is_charged_without_bound_but_not_infinitely():
+    shape = LinearShape(4, 4)
+    values = torch.tensor([1.0, 1e-9, 1e-9, 1e-9], dtype=torch.float64)
+    small = charges(Ladder.of(shape, 1), SVDProfile(shape, values))
+    assert small[0] == [8, 16]
+    assert small[1] == pytest.approx([3e-18, 0.0], abs=1e-15)
+    flat = SVDProfile(LinearShape(100, 100), torch.ones(100, dtype=torch.float64))
+    costs, losses = charges(Ladder.of(flat.shape, 1), flat)
+    assert losses[0] == pytest.approx(100 * math.log(100))
+    assert losses == sorted(losses, reverse=True)
+    assert costs[-1] == 10000
+    assert losses[-1] == 0
+
+
+def test_slopes_of_a_hull():
+    """A rung above the line between its neighbours is passed over; slopes never rise."""
+    assert hull_slopes([1, 2, 3, 5], [10.0, 9.0, 2.0, 0.0]) == [4.0, 4.0, 1.0]
+    assert hull_slopes([1, 2, 4], [4.0, 2.0, 0.0]) == [2.0, 1.0]
+    assert hull_slopes([7], [3.0]) == []
+
+
+def test_loss_takes_no_tolerance():
+    profiles = profiles_of({"a": (4, 4)}, 0)
+    with pytest.raises(ConfigError, match="allocation='loss' takes parameter_reduction, not tolerance; use alloc"):
+        allocate("loss", profiles, Budget(tolerance=0.1))
+
+
 # Names
 
 
 def test_an_unknown_allocation_lists_the_known_ones():
     with pytest.raises(ConfigError, match="allocation='greedy' is not known; known are .*pareto.*uniform"):
         ALLOCATIONS["greedy"]
-    assert ALLOCATIONS.trait("pareto", "needs_profiles")
-    assert not ALLOCATIONS.trait("uniform", "needs_profiles")
+    traits = ("needs_profiles", "needs_curvature", "takes_tolerance")
+    assert {name: tuple(ALLOCATIONS.trait(name, trait) for trait in traits) for name in ALLOCATIONS.names()} == {
+        "loss": (True, True, False),
+        "pareto": (True, False, True),
+        "uniform": (False, False, False),
+    }

@@ -301,6 +301,60 @@ def test_a_pivoted_result_has_a_format_of_its_own():
             PGSVDConfig.from_dict(pivoted.to_dict() | damage)
 
 
+def test_gradients_are_asked_of_what_can_use_them():
+    for fields, message in {
+        ("objective", "inputs"): "objective='inputs' is not known; known are outputs, loss",
+        ("objective", "loss", "solver", "als"): "objective='loss' needs solver='eigh', not 'als'",
+        ("objective", "loss", "solver", "svd"): "objective='loss' needs solver='eigh', not 'svd'",
+        (
+            "allocation",
+            "loss",
+            "solver",
+            "svd",
+        ): "allocation='loss' measures gradients on a calibration set, and solver='s",
+        (
+            "objective",
+            "loss",
+            "elastic",
+            True,
+        ): "elastic=True needs objective='outputs' and an allocation that measures no",
+        (
+            "allocation",
+            "loss",
+            "elastic",
+            True,
+        ): "elastic=True needs objective='outputs' and an allocation that measures",
+    }.items():
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            request(**dict(zip(fields[::2], fields[1::2], strict=True)))
+    assert request(allocation="loss", solver="als").needs_curvature
+    assert request(objective="loss").needs_curvature
+    assert not request().needs_curvature
+
+
+def test_loss_takes_no_tolerance():
+    message = "allocation='loss' takes parameter_reduction, not tolerance; use allocation='pareto'"
+    with pytest.raises(ConfigError, match=message):
+        PGSVDConfig(tolerance=0.1, allocation="loss")
+    with pytest.raises(ConfigError, match=message):
+        PGSVDConfig(0.2, allocation="loss", groups={"*.mlp.*": {"tolerance": 0.1}})
+    assert PGSVDConfig(0.2, allocation="loss", groups={"*.mlp.*": {"parameter_reduction": 0.1}}).groups
+
+
+def test_the_best_settings():
+    """Those of the docstring, and any of them may be given otherwise."""
+    best = PGSVDConfig.best(0.4, dataset=["a"])
+    names = ("allocation", "objective", "storage", "calibration", "refine_steps")
+    assert [getattr(best, name) for name in names] == ["loss", "loss", "pivoted", "anchored", 100]
+    rest = {name: value for name, value in best.to_dict().items() if name not in names}
+    default = PGSVDConfig(0.4, dataset=["a"]).to_dict()
+    assert rest == {name: default[name] for name in rest}
+    other = PGSVDConfig.best(0.4, dataset=["a"], storage="factors", refine_steps=0, blend=1.0)
+    assert (other.storage, other.refine_steps, other.blend, other.objective) == ("factors", 0, 1.0, "loss")
+    with pytest.raises(ConfigError, match="refine_steps=100 needs calibration='anchored'"):
+        PGSVDConfig.best(0.4, calibration="parallel")
+
+
 def test_storage_is_known_and_not_elastic():
     with pytest.raises(ConfigError, match="storage='folded' is not known; known are factors, pivoted"):
         request(storage="folded")

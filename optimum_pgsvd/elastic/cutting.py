@@ -47,6 +47,11 @@ def check_cut(request: PGSVDConfig, made: PGSVDConfig) -> None:
             "this checkpoint is compressed already and is not elastic: load it without quantization_config, or "
             "compress the dense model anew, with elastic=True for a checkpoint that can be cut when it is loaded"
         )
+    if request.needs_curvature:
+        raise ConfigError(
+            f"objective={request.objective!r} with allocation={request.allocation!r} measures gradients, and a "
+            "checkpoint is cut without data; cut it with allocation='pareto', or compress the dense model"
+        )
     default = PGSVDConfig(parameter_reduction=0).to_dict()
     asked = request.to_dict()
     given = [name for name in asked if name not in CUT_FIELDS and asked[name] != default.get(name)]

@@ -41,7 +41,7 @@ def factor(job: Job) -> tuple[list[LayerReport], list[str]]:
     solved: list[LayerReport] = []
     with logging.tqdm(total=total, desc="Factoring", unit="block", disable=None) as progress:
         for step in measured(job) if job.batches else read(job):
-            done = None if solved else job.destination.restore(step.block)
+            done = job.destination.restore(step.block)
             if done is None:
                 with job.clock("factors"):
                     solved += factor_layers(job, step, reports)
