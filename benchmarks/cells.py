@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from perplexity import environment
+from perplexity import ROOT, environment
 
 
 T = TypeVar("T")
@@ -44,3 +45,15 @@ def seconds(function: Callable[[], T], repeats: int = 1) -> tuple[float, T]:
         result = function()
         times.append(time.perf_counter() - start)
     return statistics.median(times), result
+
+
+def fill(name: str, body: str) -> None:
+    """Put a table in its marked place in docs/results.md."""
+    document = ROOT / "docs" / "results.md"
+    text = document.read_text(encoding="utf-8")
+
+    def between(marks: re.Match[str]) -> str:
+        return f"{marks[1]}{body}\n{marks[2]}"
+
+    text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", between, text, flags=re.DOTALL)
+    document.write_text(text, encoding="utf-8")
