@@ -57,6 +57,9 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
     how.add_argument(
         "--refine-steps", type=int, default=0, help="AdamW steps on each block's factors (default 0; needs anchored)"
     )
+    how.add_argument(
+        "--correct-bias", action="store_true", help="let each layer's bias make up for the mean error of its outputs"
+    )
     how.add_argument("--num-samples", type=int, default=256, help="calibration sequences (default 256)")
     how.add_argument(
         "--sequence-length", type=int, help="tokens in a sequence (default: the model's maximum, at most 2048)"
@@ -85,7 +88,7 @@ def add_output_arguments(parser: ArgumentParser, what: str) -> None:
 CONFIG_FIELDS = (
     "parameter_reduction", "tolerance", "allocation", "modules_to_not_convert", "rank_multiple", "dataset",
     "tokenizer", "calibration", "blend", "num_samples", "sequence_length", "batch_size", "seed", "solver",
-    "num_iterations", "storage", "self_contained", "elastic",
+    "num_iterations", "storage", "self_contained", "elastic", "objective", "refine_steps", "correct_bias",
 )  # fmt: skip
 
 

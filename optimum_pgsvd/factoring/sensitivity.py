@@ -79,7 +79,8 @@ def loss_profiles(
         mine = {}
         for target in found:
             if owners[target.name] == job.peers.rank:
-                moments, weight = step.recorder.moments(target.name), dense_weight(model, target.name)
+                moments = step.recorder.moments(target.name, target.name in job.corrected)
+                weight = dense_weight(model, target.name)
                 spectrum = weighted_spectrum(weight, moments.measured, moments.energies, curvature[target.name])
                 mine[target.name] = SVDProfile(target.shape, spectrum.cpu())
         profiles |= job.peers.merge(mine)
