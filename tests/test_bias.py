@@ -1,4 +1,4 @@
-"""Biases that make up for the mean error: the best there are, together with their factors, and nothing else changed."""
+"""Biases that make up for the mean error: the best there are together with their factors; nothing else changes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def factored(weight: Tensor, inputs: Tensor, rank: int, curvature: Any = None, *
     targets = find_targets(model, config)
     plan = given_ranks(targets.shapes, config.ranks)
     job = Job(model, targets, plan, batches, config, Clock(), InPlace(), curvature=curvature or {})  # type: ignore[arg-type]
-    return model.layers[0].dense, factor(job)[0][0]
+    report = factor(job)[0][0]
+    return model.layers[0].dense, report
 
 
 def shifted(case: Case, by: float = 1.0) -> Tensor:
@@ -165,7 +166,8 @@ def test_inputs_without_a_mean_change_nothing(case: Case) -> None:
     inputs = torch.cat([case.inputs, -case.inputs])
     rank = case.light_ranks[-1]
     corrected, plain = (factored(case.weight, inputs, rank, correct_bias=on)[0] for on in (True, False))
-    torch.testing.assert_close(corrected.matrix(torch.float64), plain.matrix(torch.float64), rtol=1e-9, atol=1e-9)
+    found, expected = (inputs @ layer.matrix(torch.float64).T + layer.bias for layer in (corrected, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(corrected.bias, plain.bias, rtol=0, atol=1e-12)
 
 

@@ -16,9 +16,10 @@ def about_means(moment: Tensor, left: Tensor, right: Tensor, tokens: int) -> Ten
         tokens: T, the number of rows.
 
     Returns:
-        `(m, n)`, in the dtype of the moment.
+        `(m, n)`, in the dtype of the moment; symmetric to the last bit where the moment is and the means are the same.
     """
-    return torch.addr(moment, left.to(moment.dtype), right.to(moment.dtype), alpha=-tokens)
+    left, right = ((mean * tokens**0.5).to(moment.dtype) for mean in (left, right))
+    return torch.addr(moment, left, right, alpha=-1)
 
 
 def corrected_bias(bias: Tensor, outputs: Tensor, left: Tensor, right: Tensor, inputs: Tensor) -> Tensor:
