@@ -48,12 +48,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "PGSVD, factors by the loss": {"objective": "loss"},
     "PGSVD, ranks by the loss": {"allocation": "loss"},
     "PGSVD, anchored calibration": {"calibration": "anchored"},
+    "PGSVD, biases corrected": {"correct_bias": True},
     "all of these": TOGETHER,
     "all, plain storage": {**TOGETHER, "storage": "factors"},
     "all, ranks by the paper": {**TOGETHER, "allocation": "pareto"},
     "all, uniform ranks": {**TOGETHER, "allocation": "uniform"},
     "all, factors by output error": {**TOGETHER, "objective": "outputs"},
     "all, parallel calibration": {**TOGETHER, "calibration": "parallel"},
+    "all, biases corrected": {**TOGETHER, "correct_bias": True},
     "all and refinement: PGSVDConfig.best": {**TOGETHER, "refine_steps": 100},
 }
 

@@ -60,6 +60,8 @@ class PGSVDConfig(LowRankConfig):
         refine_steps: AdamW steps in which the factors of each block are fitted together to the dense block's outputs,
             on the calibration set; 0 for none. Stops where a part of the set that is held back gets no better. Needs
             `calibration="anchored"`.
+        correct_bias: let each layer's bias make up for the mean error of its outputs on the calibration set, with the
+            factors that are best together with it; a layer without a bias gets none. Needs a solver that uses data.
         num_samples: sequences of the calibration set to use, at least 1.
         sequence_length: tokens in a sequence, at least 1; by default the model's maximum, at most 2048.
         batch_size: sequences in a forward pass, at least 1.
@@ -101,6 +103,7 @@ class PGSVDConfig(LowRankConfig):
         calibration: str = "parallel",
         blend: float = 0.5,
         refine_steps: int = 0,
+        correct_bias: bool = False,
         num_samples: int = 256,
         sequence_length: int | None = None,
         batch_size: int = 8,
@@ -130,6 +133,7 @@ class PGSVDConfig(LowRankConfig):
         self.calibration = calibration
         self.blend = blend
         self.refine_steps = refine_steps
+        self.correct_bias = correct_bias
         self.num_samples = num_samples
         self.sequence_length = sequence_length
         self.batch_size = batch_size
@@ -258,10 +262,11 @@ class PGSVDConfig(LowRankConfig):
             raise ConfigError(f"blend={self.blend!r} is outside [0, 1]")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"seed={self.seed!r} must be an integer")
-        for name in ("self_contained", "elastic"):
+        for name in ("self_contained", "elastic", "correct_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         self._validate_refinement()
+        self._validate_correction()
         self._validate_curvature()
         self._validate_elastic()
         if isinstance(self.dataset, Mapping) or not (self.dataset is None or isinstance(self.dataset, DATASETS)):
@@ -279,6 +284,18 @@ class PGSVDConfig(LowRankConfig):
             raise ConfigError(
                 f"refine_steps={steps} needs calibration='anchored': a block is fitted to the dense one's outputs on "
                 "the inputs that the compressed blocks before it produce"
+            )
+
+    def _validate_correction(self) -> None:
+        if self.correct_bias and not self.needs_dataset:
+            raise ConfigError(
+                f"correct_bias=True needs the mean of each layer's inputs, and solver={self.solver!r} uses no data; "
+                "use solver='eigh' or 'als'"
+            )
+        if self.correct_bias and self.elastic:
+            raise ConfigError(
+                "elastic=True needs correct_bias=False: a corrected bias fits one rank, and a checkpoint that is cut "
+                "does not have the mean inputs that its new biases would be made from"
             )
 
     def _validate_curvature(self) -> None:

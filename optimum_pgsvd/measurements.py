@@ -16,7 +16,7 @@ from .config import PGSVDConfig
 from .distributed import Peers
 from .errors import CalibrationError
 from .planning import measure_profiles
-from .structures import Moments, SVDProfile
+from .structures import Means, Moments, SVDProfile
 from .targets import Target, Targets
 
 
@@ -39,16 +39,22 @@ class StoredMoments:
         self.measurements = measurements
         self.tokens = {name: measurements.layers[name]["tokens"] for name in names}
 
-    def moments(self, name: str) -> Moments:
-        """What was measured of a layer."""
+    def moments(self, name: str, about_mean: bool = False) -> Moments:
+        """What was measured of a layer; about the mean of its inputs if that is asked for."""
         leader = self.measurements.layers[name]["leader"]
         kind = self.measurements.layers[leader]["kind"]
         matrix = self.measurements.tensor(leader, kind)
         if kind == "gram":
-            return Moments(matrix, None, matrix.diagonal())
+            moments = Moments(matrix, None, matrix.diagonal())
+            return moments.about(self.means(name)) if about_mean else moments
         return Moments(None, matrix, self.measurements.tensor(leader, "energies"))
 
-    def goal(self, name: str, weight: Tensor) -> Tensor:
+    def means(self, name: str) -> Means:
+        """The means of a layer's inputs."""
+        inputs = self.measurements.tensor(self.measurements.layers[name]["leader"], "mean")
+        return Means(inputs, inputs, self.tokens[name])
+
+    def goal(self, name: str, weight: Tensor, about_mean: bool = False) -> Tensor:
         """The weight to approximate: the layer's own."""
         self.measurements.refuse_other_weight(name, weight)
         return weight
@@ -65,7 +71,7 @@ class Measurements:
 
     Attributes:
         layers: of each layer `tokens`, `file`, `leader` (whose input it shares, perhaps itself), and of a leader
-            `kind`: `"gram"` or `"outputs"`.
+            `kind`: `"gram"`, with the mean of the inputs beside it, or `"outputs"`.
 
     Raises:
         CalibrationError: the folder holds no measurements.
@@ -105,6 +111,11 @@ class Measurements:
                 raise CalibrationError(
                     f"{self.folder} holds what solver='eigh' needs, and solver='als' needs the Gram matrices of the "
                     f"inputs of {target.name} too; measure with solver='als'"
+                )
+            if config.correct_bias and target.own_bias and not leader.get("mean"):
+                raise CalibrationError(
+                    f"{self.folder} holds no mean of the inputs of {target.name}, which correct_bias=True needs; "
+                    "measure with correct_bias=True"
                 )
 
     def profiles(self, targets: Targets) -> dict[str, SVDProfile]:
@@ -185,6 +196,9 @@ def write_block(path: str, recorder: GramRecorder, profiles: Mapping[str, SVDPro
         if leader == name:
             layers[name]["kind"] = "outputs" if name in recorder.by_outputs else "gram"
             tensors |= {f"{name}.{kind}": value for kind, value in stored(recorder.moments(name))}
+            if layers[name]["kind"] == "gram":
+                layers[name]["mean"] = True
+                tensors[f"{name}.mean"] = recorder.means(name).inputs
     held = {name: value.cpu().contiguous() for name, value in tensors.items()}
     save_file(held, f"{path}.new", {"layers": json.dumps(layers)})
     with open(f"{path}.new", "rb") as file:

@@ -19,12 +19,12 @@ from .structures import StoredFactors
 def replace_linear(model: nn.Module, name: str, factors: StoredFactors) -> LowRankLayer:
     """Put a layer of low rank with these factors in the place of a linear or `Conv1D`.
 
-    The dtype, device, bias and `requires_grad` stay as they were.
+    The dtype, device and `requires_grad` stay as they were, and the bias where the factors bring none.
 
     Args:
         model: changed in place.
         name: of the layer.
-        factors: in any dtype, rounded once to the layer's.
+        factors: in any dtype, rounded once to the layer's; with a bias only for a layer that has one.
 
     Returns:
         The new layer.
@@ -35,9 +35,11 @@ def replace_linear(model: nn.Module, name: str, factors: StoredFactors) -> LowRa
         inner, _, attribute = key.rpartition(".")
         kept: Any = value.to(dense.weight.device)
         if value.is_floating_point():
-            kept = nn.Parameter(value.to(dense.weight).contiguous(), requires_grad=dense.weight.requires_grad)
+            like = dense.bias if attribute == "bias" else dense.weight
+            kept = nn.Parameter(value.to(like).contiguous(), requires_grad=like.requires_grad)
         setattr(layer.get_submodule(inner), attribute, kept)
-    layer.biased.bias = dense.bias
+    if factors.bias is None:
+        layer.biased.bias = dense.bias
     set_submodule(model, name, layer)
     return layer
 

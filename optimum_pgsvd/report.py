@@ -33,11 +33,13 @@ class LayerReport:
         parameters_after: of the factors, of their pivoted storage, or of the dense weight.
         weight_error: `‖W − left right‖ / ‖W‖` of the factors as stored, 0 for dense; in a plan, the planned e(rank).
         activation_error: `‖(W − left right) Xᵀ‖ / ‖W Xᵀ‖` likewise, with anchored calibration of the weight A that was
-            approximated in W's place, on the compressed inputs; `None` where no inputs were measured.
+            approximated in W's place, on the compressed inputs; `None` where no inputs were measured. Where the bias
+            was corrected, it is that with the bias as stored: its change is part of the error, not of the outputs.
         tolerance: the ε it was planned with, if any.
         group: the glob of its budget, "" for the main one.
         refined: error of its block's outputs on held-back batches, after refinement relative to before; `None` where
             it was not refined. The errors above are those before.
+        bias_corrected: whether its bias makes up for what the factors do to the mean of its outputs.
         tokens: calibration tokens it saw.
         seconds: spent on factoring it.
     """
@@ -52,6 +54,7 @@ class LayerReport:
     tolerance: float | None = None
     group: str = ""
     refined: float | None = None
+    bias_corrected: bool = False
     tokens: int = 0
     seconds: float = 0.0
 

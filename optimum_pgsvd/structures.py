@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
-from .linalg import INDEX, relative_tails
+from .linalg import INDEX, about_means, relative_tails
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,14 @@ class LowRankFactors:
     Args:
         left: `(m, r)`.
         right: `(r, n)`.
+        bias: `(m,)`, where the layer gets another than it had.
     """
 
     storage: ClassVar[str] = "factors"
 
     left: Tensor
     right: Tensor
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.left.shape[1] != self.right.shape[0]:
@@ -159,12 +161,13 @@ class LowRankFactors:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """By their names in a checkpoint, that of the layer left out."""
-        return {"left.weight": self.left, "right.weight": self.right}
+        bias = {} if self.bias is None else {"left.bias": self.bias}
+        return {"left.weight": self.left, "right.weight": self.right, **bias}
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> LowRankFactors:
         """From what `tensors` gives."""
-        return cls(tensors["left.weight"], tensors["right.weight"])
+        return cls(tensors["left.weight"], tensors["right.weight"], tensors.get("left.bias"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +180,7 @@ class PivotedFactors:
         basis: `(r, n)`.
         coefficients: `(m − r, r)`.
         order: `(m,)` int32, a permutation of 0 … m − 1.
+        bias: `(m,)`, where the layer gets another than it had.
 
     Source:
         arXiv 2501.19090 (PIFA).
@@ -187,6 +191,7 @@ class PivotedFactors:
     basis: Tensor
     coefficients: Tensor
     order: Tensor
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.coefficients.shape != (len(self.order) - self.rank, self.rank):
@@ -215,16 +220,39 @@ class PivotedFactors:
     def tensors(self) -> dict[str, Tensor]:
         """By their names in a checkpoint, that of the layer left out; where all rows are in the basis, no more."""
         others = {"coefficients.weight": self.coefficients} if len(self.coefficients) else {}
-        return {"order": self.order, "basis.weight": self.basis, **others}
+        bias = {} if self.bias is None else {"bias": self.bias}
+        return {"order": self.order, "basis.weight": self.basis, **others, **bias}
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> PivotedFactors:
         """From what `tensors` gives."""
         basis = tensors["basis.weight"]
-        return cls(basis, tensors.get("coefficients.weight", basis.new_empty(0, len(basis))), tensors["order"])
+        coefficients = tensors.get("coefficients.weight", basis.new_empty(0, len(basis)))
+        return cls(basis, coefficients, tensors["order"], tensors.get("bias"))
 
 
 StoredFactors = LowRankFactors | PivotedFactors
+
+
+# Variance of a layer's inputs relative to their mean square below which they are one input over and over, as far as
+# the rounding of sums lets one tell.
+LEAST_VARIANCE = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """What moments about the mean leave out, and a bias can make up for.
+
+    Args:
+        inputs: `(n,)` float64, the mean of the layer's inputs.
+        anchors: `(n,)` float64, the mean of the inputs whose outputs the layer should have: the same, but for anchored
+            calibration.
+        tokens: how many inputs there were.
+    """
+
+    inputs: Tensor
+    anchors: Tensor
+    tokens: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,14 +260,24 @@ class Moments:
     """What the calibration set says of one layer: exactly one of the two matrices.
 
     Args:
-        gram: `G = Xᵀ X (n, n)` of its inputs.
+        gram: `G = Xᵀ X (n, n)` of its inputs, or, with `means`, of what they differ by from their mean.
         outputs: `W G Wᵀ (m, m)` of its outputs, the bias not counted.
         energies: `(n,)`, the diagonal of G.
+        means: where G is about the mean.
     """
 
     gram: Tensor | None
     outputs: Tensor | None
     energies: Tensor
+    means: Means | None = None
+
+    def about(self, means: Means) -> Moments:
+        """The moments about the mean; as they are where the inputs are all but one, of which nothing would be left."""
+        assert self.gram is not None
+        gram = about_means(self.gram, means.inputs, means.inputs, means.tokens)
+        if float(gram.diagonal().sum()) <= LEAST_VARIANCE * float(self.gram.diagonal().sum()):
+            return self
+        return Moments(gram, None, gram.diagonal(), means)
 
     @property
     def measured(self) -> Tensor:

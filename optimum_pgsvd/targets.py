@@ -31,11 +31,13 @@ class Target:
         name: of the module.
         shape: of its weight, as an `nn.Linear` would hold it.
         block: name of the repeated block it lies in, `None` outside of them.
+        own_bias: whether it has a bias that no other module shares.
     """
 
     name: str
     shape: LinearShape
     block: str | None
+    own_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def find_targets(model: nn.Module, config: PGSVDConfig, stored: Collection[str] 
     wanted = [*(config.ranks or ()), *config.groups]
     skipped: dict[str, str] = {}
     found: list[Target] = []
-    structural = _reasons(model)
+    owners = _owners(model)
+    structural = _reasons(model, owners)
     for name, module in model.named_modules():
         block = _block_of(name, blocks)
         if isinstance(module, nn.Embedding):
@@ -143,7 +146,8 @@ def find_targets(model: nn.Module, config: PGSVDConfig, stored: Collection[str] 
         elif stored is not None and name not in stored:
             skipped[name] = "no target when the checkpoint was made"
         else:
-            found.append(Target(name, weight_shape(module, config.storage), block))
+            own_bias = module.bias is not None and owners[id(module.bias)] == 1
+            found.append(Target(name, weight_shape(module, config.storage), block, own_bias))
     names = [target.name for target in found]
     for field, patterns, candidates in (
         ("modules_to_not_convert", config.modules_to_not_convert, [*names, *skipped]),
@@ -177,10 +181,14 @@ def _refuse_compressed(model: nn.Module) -> None:
         )
 
 
-def _reasons(model: nn.Module) -> dict[str, str]:
+def _owners(model: nn.Module) -> Counter[int]:
+    """How many modules have each parameter, by its `id`."""
+    return Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+
+
+def _reasons(model: nn.Module, owners: Counter[int]) -> dict[str, str]:
     """Why the structure of a model keeps some of its modules dense."""
     reasons: dict[str, str] = {}
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     heads = _output_heads(model)
     for name, module in model.named_modules():
         reasons |= dict.fromkeys((".".join(filter(None, (name, router))) for router in _routers(module)), "router")

@@ -343,3 +343,39 @@ def fisher_of_normal(mean: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
         for total, gradient in zip(totals, torch.autograd.grad(value, outputs, retain_graph=True), strict=True):
             total += outer_sum(gradient)
     return totals
+
+
+# Biases
+
+
+def with_ones(inputs: Tensor) -> Tensor:
+    """`[X, 1]`: a weight of these is a weight and a bias."""
+    return torch.cat([inputs.double(), torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1)
+
+
+def explained(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """What least squares makes of outputs by inputs."""
+    return inputs @ torch.linalg.lstsq(inputs, outputs, driver="gelsd").solution
+
+
+def least_error_with_bias(inputs: Tensor, outputs: Tensor, rank: int, root: Tensor | None = None) -> float:
+    """`min ‖(Y − X Bᵀ − 1 bᵀ) R‖²` over B of a rank and any b; R is the identity unless given.
+
+    What no weight of `[X, 1]` explains, and what the best rank-r fit leaves of that which a bias alone does not.
+    """
+    outputs = outputs.double() if root is None else outputs.double() @ root
+    fitted = explained(with_ones(inputs), outputs)
+    beyond = fitted - explained(torch.ones(len(inputs), 1, dtype=torch.float64), fitted)
+    return float((outputs - fitted).square().sum() + torch.linalg.svdvals(beyond)[rank:].square().sum())
+
+
+def anchored_weight_and_bias(
+    weight: Tensor, dense: Tensor, compressed: Tensor, blend: float, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """As `anchored_weight`, over A and a bias on which there is no pull: `(m, n)` and `(m,)`."""
+    anchor = blend * dense + (1 - blend) * compressed
+    pull = math.sqrt(ridge) * torch.eye(weight.shape[1], dtype=torch.float64)
+    rows = torch.cat([with_ones(compressed), torch.cat([pull, torch.zeros(len(pull), 1)], dim=1)])
+    goals = torch.cat([anchor @ weight.T, pull @ weight.T])
+    both = torch.linalg.lstsq(rows, goals, driver="gelsd").solution
+    return both[:-1].T, both[-1]

@@ -214,3 +214,17 @@ def test_an_elastic_checkpoint_is_cut_by_compressing_it(way, dense, tmp_path):
     assert "elastic: " not in run("inspect", smaller).stdout
     done = run("compress", "--model", out, "--parameter-reduction", 0.01, "--output", tmp_path / "larger", expect=2)
     assert "error: the checkpoint gives " in done.stderr
+
+
+def test_every_option_reaches_the_config():
+    from argparse import ArgumentParser
+
+    from optimum_pgsvd.commands.pgsvd import CompressCommand, config_of
+
+    parser = ArgumentParser()
+    CompressCommand.parse_args(parser)
+    given = ["--model", "m", "--output", "o", "--parameter-reduction", "0.3"]
+    assert config_of(parser.parse_args(given)) == PGSVDConfig(0.3)
+    options = ["--correct-bias", "--objective", "loss", "--calibration", "anchored", "--refine-steps", "7"]
+    expected = PGSVDConfig(0.3, correct_bias=True, objective="loss", calibration="anchored", refine_steps=7)
+    assert config_of(parser.parse_args([*given, *options])) == expected

@@ -31,7 +31,8 @@ def in_memory(folder):
         storage = "pivoted" if name == "clip" else "factors"
         for calibration in ("parallel", "anchored"):
             model = FAMILIES[name].build()
-            report = PGSVDCompressor(config(name, calibration=calibration, storage=storage)).compress(model)
+            settings = {"calibration": calibration, "storage": storage, "correct_bias": name == "clip"}
+            report = PGSVDCompressor(config(name, **settings)).compress(model)
             layers = [(layer.name, layer.rank, layer.tokens, layer.activation_error) for layer in report.layers]
             found[name, calibration] = model.state_dict(), layers
     torch.save(found, os.path.join(folder, f"in_memory-{dist.get_rank() if dist.is_initialized() else 'alone'}.pt"))

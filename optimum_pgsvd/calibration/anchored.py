@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..distributed import Peers
 from ..errors import CalibrationError
-from ..linalg import anchored_weight
+from ..linalg import about_means, anchored_weight
+from ..structures import Means
 from ..targets import weight_shape
 from .gram import GramRecorder, Rows
 from .moments import SecondMoment, precise
@@ -78,8 +79,25 @@ class AnchoredRecorder(GramRecorder):
         self._differences[name].add_pairs(nothing, nothing)
         self._differences[name].sum_over(peers, nothing)
 
-    def goal(self, name: str, weight: Tensor) -> Tensor:
-        """The weight that maps the compressed inputs to the outputs aimed at."""
-        gram = self.moments(name).gram
+    def means(self, name: str) -> Means:
+        """The means of a layer's compressed inputs, and of those whose outputs it should have."""
+        compressed = super().means(name)
+        difference = self.mean_difference(name)
+        return Means(compressed.inputs, compressed.inputs + self.blend * difference, compressed.tokens)
+
+    def mean_difference(self, name: str) -> Tensor:
+        """What the dense inputs have more than the compressed ones, on average: `(n,)` float64."""
+        return self._differences[self.leaders[name]].row_sum() / self.tokens[name]
+
+    def goal(self, name: str, weight: Tensor, about_mean: bool = False) -> Tensor:
+        """The weight that maps the compressed inputs to the outputs aimed at, each less its mean if that is asked for.
+
+        A bias makes up for the means then, and the pull towards the layer's own weight is measured by what the inputs
+        differ by from theirs.
+        """
+        moments = self.moments(name, about_mean)
+        gram, cross = moments.gram, self._differences[self.leaders[name]].value()
         assert gram is not None
-        return anchored_weight(weight, gram, gram + self.blend * self._differences[self.leaders[name]].value())
+        if means := moments.means:
+            cross = about_means(cross, self.mean_difference(name), means.inputs, means.tokens)
+        return anchored_weight(weight, gram, gram + self.blend * cross)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..distributed import Peers
 from ..errors import CalibrationError, NonFiniteError
 from ..linalg import working_dtype
-from ..structures import Moments
+from ..structures import Means, Moments
 from ..targets import weight_shape
 from .moments import SecondMoment, energies, precise
 from .version import version
@@ -202,8 +202,12 @@ class GramRecorder(InputObserver):
             nothing = torch.zeros(shape.in_features, dtype=working_dtype(weight.dtype), device=weight.device)
             peers.sum(self._energies.setdefault(name, nothing))
 
-    def moments(self, name: str) -> Moments:
+    def moments(self, name: str, about_mean: bool = False) -> Moments:
         """What was measured of a layer.
+
+        Args:
+            name: of the layer.
+            about_mean: of its inputs less their mean; it must be measured by inputs.
 
         Raises:
             CalibrationError: the layer did not see all that the one did whose input it shared at first.
@@ -217,9 +221,15 @@ class GramRecorder(InputObserver):
         if name in self.by_outputs:
             check_finite(name, self._energies[name].sum())
             return Moments(None, value, self._energies[name])
-        return Moments(value, None, value.diagonal())
+        moments = Moments(value, None, value.diagonal())
+        return moments.about(self.means(name)) if about_mean else moments
 
-    def goal(self, name: str, weight: Tensor) -> Tensor:
+    def means(self, name: str) -> Means:
+        """The means of a layer's inputs."""
+        inputs = self._moments[self.leaders[name]].row_sum() / self.tokens[name]
+        return Means(inputs, inputs, self.tokens[name])
+
+    def goal(self, name: str, weight: Tensor, about_mean: bool = False) -> Tensor:
         """The weight to approximate: the layer's own."""
         return weight
 

@@ -17,7 +17,7 @@ ROWS = 512
 
 
 class SecondMoment:
-    """Accumulates `M = Σ aᵀ b` over pairs of rows; `a` and `b` may be the same.
+    """Accumulates `M = Σ aᵀ b` over pairs of rows, and `Σ a`; `a` and `b` may be the same.
 
     Products and sums of rows in half precision are made in float32, which is exact to far more than the rows are; of
     float32 rows the products in float32 and the sum in float64; of float64 rows everything in float64.
@@ -25,17 +25,20 @@ class SecondMoment:
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
+        self._rows: Tensor | None = None
         self._symmetric = True
 
     def add(self, rows: Tensor) -> None:
         """Add `rowsᵀ rows` of rows `(T, n)`, the upper triangle only."""
         with lossless_products(rows):
             add_self_product(self._total(rows, rows), precise(rows))
+        self._add_rows(rows)
 
     def add_pairs(self, left: Tensor, right: Tensor) -> None:
         """Add `leftᵀ right` of rows `(T, m)` and `(T, n)`."""
         self._symmetric = False
         add_product(self._total(left, right), precise(left), precise(right))
+        self._add_rows(left)
 
     def value(self) -> Tensor:
         """The sum so far, `(m, n)`, in `working_dtype` of the rows; not a copy."""
@@ -45,6 +48,12 @@ class SecondMoment:
             mirror_upper(self._sum)
         return self._sum
 
+    def row_sum(self) -> Tensor:
+        """The sum of the rows so far, of the left ones of pairs: `(m,)` float64."""
+        if self._rows is None:
+            raise ValueError("no rows were added")
+        return self._rows
+
     def sum_over(self, peers: Peers, nothing: Tensor) -> None:
         """Make it the sum over all processes.
 
@@ -53,13 +62,21 @@ class SecondMoment:
             nothing: `(0, n)`, no rows, in their dtype and on their device, for a process that has seen none.
         """
         self._total(nothing, nothing)
+        self._add_rows(nothing)
         peers.sum(self.value())
+        peers.sum(self.row_sum())
 
     def _total(self, left: Tensor, right: Tensor) -> Tensor:
         if self._sum is None:
             shape = left.shape[1], right.shape[1]
             self._sum = torch.zeros(shape, dtype=working_dtype(left.dtype), device=left.device)
         return self._sum
+
+    def _add_rows(self, rows: Tensor) -> None:
+        if self._rows is None:
+            self._rows = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        for part in rows.split(ROWS):
+            self._rows += part.sum(0, dtype=torch.float64)
 
 
 def precise(rows: Tensor) -> Tensor:

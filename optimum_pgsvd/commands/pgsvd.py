@@ -60,6 +60,9 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
     how.add_argument(
         "--refine-steps", type=int, help="AdamW steps on each block's factors (default 0; needs anchored)"
     )
+    how.add_argument(
+        "--correct-bias", action="store_true", help="let each layer's bias make up for the mean error of its outputs"
+    )
     how.add_argument("--num-samples", type=int, help="calibration sequences (default 256)")
     how.add_argument(
         "--sequence-length", type=int, help="tokens in a sequence (default: the model's maximum, at most 2048)"

@@ -18,7 +18,7 @@ from ..report import CompressionReport, LayerReport, ModelSize, environment, pea
 from ..storing import empty_factors
 from ..structures import LowRankFactors, StoredFactors
 from .job import Job
-from .layer import factor_layer, rank_to_solve
+from .layer import dense_bias, factor_layer, rank_to_solve
 from .measuring import measured, read
 from .refining import refine
 
@@ -109,7 +109,8 @@ def exchanged(job: Job, layer: LayerReport, factors: StoredFactors | None, owner
     if job.peers.size == 1:
         assert factors is not None
         return factors
-    like = empty_factors(dense_weight(job.model, layer.name), rank_to_solve(layer), job.config.storage)
+    bias = dense_bias(job, layer.name) if layer.name in job.corrected else None
+    like = empty_factors(dense_weight(job.model, layer.name), rank_to_solve(layer), job.config.storage, bias)
     held = None if factors is None else list(factors.tensors.values())
     found = job.peers.broadcast(held, list(like.tensors.values()), owner)
     return like.of_tensors(dict(zip(like.tensors, found, strict=True)))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -117,6 +118,11 @@ class Measuring:
 
     def __post_init__(self) -> None:
         self.blocks = self.blocks or [block for block in self.targets.blocks if self.in_block(block)]
+
+    @cached_property
+    def corrected(self) -> frozenset[str]:
+        """The targets whose biases are to be corrected."""
+        return frozenset(target.name for target in self.targets.found if self.config.correct_bias and target.own_bias)
 
     @property
     def factored(self) -> list[Target]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from ..measurements import StoredMoments
 from ..planning import dense_weight
 from ..report import LayerReport
 from ..solvers import SOLVERS, eigh_of_loss, eigh_of_outputs
-from ..storing import activation_error, stored
+from ..storing import activation_error, constant_part, stored, with_bias
 from ..structures import LinearShape, LowRankFactors, Moments, StoredFactors
 from .job import Job
 
@@ -30,13 +31,20 @@ def factor_layer(job: Job, layer: LayerReport, recorder: Recorder | None) -> tup
     weight = dense_weight(job.model, layer.name)
     if recorder is not None:
         check_reached(recorder, [layer.name])
-    moments = recorder.moments(layer.name) if recorder else None
-    goal = recorder.goal(layer.name, weight) if recorder else weight
+    corrected = layer.name in job.corrected
+    moments = recorder.moments(layer.name, corrected) if recorder else None
+    goal = recorder.goal(layer.name, weight, corrected) if recorder else weight
     solved = solve(goal, moments, job.curvature.get(layer.name), rank_to_solve(layer), config)
     factors = stored(solved, moments, config.storage, weight.dtype)
+    constant, means = (0.0, 0.0), None if moments is None else moments.means
+    if corrected:
+        factors = with_bias(factors, weight, dense_bias(job, layer.name), means)
+    if means is not None:
+        constant = constant_part(weight, factors, dense_bias(job, layer.name), means)
     if layer.rank is not None:
-        weight_error, activation_error = errors(weight, goal, solved, factors, moments)
+        weight_error, activation_error = errors(weight, goal, solved, factors, moments, constant)
         layer = replace(layer, weight_error=weight_error, activation_error=activation_error)
+        layer = replace(layer, bias_corrected=means is not None)
     tokens = recorder.tokens[layer.name] if recorder else 0
     return replace(layer, tokens=tokens, seconds=time.perf_counter() - start), factors
 
@@ -58,14 +66,25 @@ def solve(
     return SOLVERS[config.solver](goal, gram, rank, config.num_iterations)  # type: ignore[arg-type]
 
 
+def dense_bias(job: Job, name: str) -> Tensor:
+    """The bias of a layer that is still dense."""
+    bias: Any = job.model.get_submodule(name).bias
+    return bias.detach()
+
+
 def errors(
-    weight: Tensor, goal: Tensor, solved: LowRankFactors, kept: StoredFactors, moments: Moments | None
+    weight: Tensor,
+    goal: Tensor,
+    solved: LowRankFactors,
+    kept: StoredFactors,
+    moments: Moments | None,
+    constant: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[float, float | None]:
     """The relative errors of a layer's weight, and of its outputs by whatever was measured of it."""
     if goal is weight and moments is not None and moments.gram is not None:
-        return relative_errors(weight, kept.left, kept.right, moments.gram)
+        return relative_errors(weight, kept.left, kept.right, moments.gram, constant)
     weight_error = relative_weight_error(weight, kept.left, kept.right)
-    return weight_error, None if moments is None else activation_error(goal, solved, kept, moments)
+    return weight_error, None if moments is None else activation_error(goal, solved, kept, moments, constant)
 
 
 def check_reached(recorder: Recorder, names: Sequence[str]) -> None:

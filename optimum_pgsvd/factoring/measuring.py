@@ -104,7 +104,12 @@ def recorders(job: Measuring, block: str, walk: BlockWalk, leaders: Mapping[str,
         parts = stages(layers, leaders) or [{}]
         return [AnchoredRecorder(part, walk.rows, leaders, job.config.blend) for part in parts]
     # Of all targets, not of those to factor: what is measured of a layer must not depend on the budget.
-    shapes = {t.name: (t.shape.out_features, t.shape.in_features) for t in job.targets.found if t.block == block}
+    # The mean of a layer's inputs, which its bias makes up for, cannot be had from moments of its outputs.
+    shapes = {
+        t.name: (t.shape.out_features, t.shape.in_features)
+        for t in job.targets.found
+        if t.block == block and t.name not in job.corrected
+    }
     by_outputs = SOLVERS.trait(job.config.solver, "takes_outputs") and job.config.objective == "outputs"
     fewer = measured_by_outputs(shapes, leaders) if by_outputs else set()
     return [GramRecorder(layers, walk.rows, leaders, fewer & layers.keys())]

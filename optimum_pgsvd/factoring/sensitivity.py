@@ -80,7 +80,8 @@ def loss_profiles(
         mine = {}
         for target in found:
             if owners[target.name] == job.peers.rank:
-                moments, weight = step.recorder.moments(target.name), dense_weight(model, target.name)
+                moments = step.recorder.moments(target.name, target.name in job.corrected)
+                weight = dense_weight(model, target.name)
                 spectrum = weighted_spectrum(weight, moments.measured, moments.energies, curvature[target.name])
                 # Both moments are sums over tokens, and what the layer counts is one such sum.
                 per_token = spectrum.cpu() / math.sqrt(step.recorder.tokens[target.name])

@@ -7,6 +7,7 @@ One layout throughout: a weight is `W (m, n)` with m output and n input features
 
 from .als import alternating_least_squares
 from .anchor import anchored_weight
+from .means import about_means, corrected_bias
 from .pivoting import INDEX, pivoted
 from .precision import working_dtype
 from .products import add_product, add_self_product, mirror_upper
@@ -25,11 +26,13 @@ from .weighted import weighted_projection, weighted_spectrum
 
 __all__ = [
     "INDEX",
+    "about_means",
     "add_product",
     "add_self_product",
     "alternating_least_squares",
     "anchored_weight",
     "balanced",
+    "corrected_bias",
     "mirror_upper",
     "output_projection",
     "pivoted",

@@ -31,7 +31,9 @@ def relative_weight_error(weight: Tensor, left: Tensor, right: Tensor) -> float:
     return relative(error, energy)
 
 
-def relative_activation_error(weight: Tensor, left: Tensor, right: Tensor, gram: Tensor) -> float:
+def relative_activation_error(
+    weight: Tensor, left: Tensor, right: Tensor, gram: Tensor, constant: tuple[float, float] = (0.0, 0.0)
+) -> float:
     """`‖(W − left right) Xᵀ‖_F / ‖W Xᵀ‖_F`, 0 where the outputs are all zero.
 
     Args:
@@ -39,14 +41,17 @@ def relative_activation_error(weight: Tensor, left: Tensor, right: Tensor, gram:
         left: `(m, r)`.
         right: `(r, n)`.
         gram: `(n, n)`, `Xᵀ X`, float32 or float64.
+        constant: as for `relative_errors`.
 
     Returns:
         A number from 0 up; computed in the layer's dtype.
     """
-    return relative_errors(weight, left, right, gram)[1]
+    return relative_errors(weight, left, right, gram, constant)[1]
 
 
-def relative_errors(weight: Tensor, left: Tensor, right: Tensor, gram: Tensor) -> tuple[float, float]:
+def relative_errors(
+    weight: Tensor, left: Tensor, right: Tensor, gram: Tensor, constant: tuple[float, float] = (0.0, 0.0)
+) -> tuple[float, float]:
     """`relative_weight_error` and `relative_activation_error` at once: `W − left right` is multiplied out once.
 
     Args:
@@ -54,6 +59,7 @@ def relative_errors(weight: Tensor, left: Tensor, right: Tensor, gram: Tensor) -
         left: `(m, r)`.
         right: `(r, n)`.
         gram: `(n, n)`, `Xᵀ X`, float32 or float64.
+        constant: where G is about a mean, what the mean adds to the energies of the error and of the outputs.
 
     Returns:
         Both; computed in the layer's dtype.
@@ -61,7 +67,8 @@ def relative_errors(weight: Tensor, left: Tensor, right: Tensor, gram: Tensor) -
     dtype = layer_dtype(weight, gram)
     folded = gram.to(dtype, copy=True).tril_()
     folded.diagonal().mul_(0.5)
-    plain_error = plain_energy = error = energy = 0.0
+    plain_error = plain_energy = 0.0
+    error, energy = constant
     for rows, difference in differences(weight, left, right, dtype):
         error += quadratic(difference, folded)
         energy += quadratic(rows, folded)

@@ -94,7 +94,7 @@ class CompressedCheckpoint:
         on_disk, kind = checkpoint_names(self.outline, names), STORED[self.outline.config.quantization_config.storage]
         read = {}
         for name in names:
-            keys = [key for key in self.outline.get_submodule(name).state_dict() if not key.endswith("bias")]
+            keys = self.outline.get_submodule(name).state_dict()
             read[name] = kind.of_tensors({key: self._read(f"{on_disk[name]}.{key}") for key in keys})
         return read
 
