@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_pgsvd import CalibrationError, NonFiniteError, PGSVDCompressor, PGSVDConfig
 from optimum_pgsvd.calibration import curvature, measure_curvature
-from optimum_pgsvd.calibration.curvature import categorical_surprise, normal_surprise, predicted, real
+from optimum_pgsvd.calibration.curvature import TEMPERATURE, categorical_surprise, normal_surprise, predicted, real
 from optimum_pgsvd.factoring import curvature_of, loss_profiles
 from optimum_pgsvd.factoring.request import Calibration
 from optimum_pgsvd.modeling_pgsvd import low_rank_layers
@@ -74,7 +74,7 @@ def test_it_is_the_fisher_information_of_a_softmax():
     model, ids = LLAMA.build(), small_ids(2, 4)
     layers = linears(model)
     with Outputs(layers) as outputs:
-        logits = model(ids, use_cache=False).logits
+        logits = model(ids, use_cache=False).logits / TEMPERATURE
     expected = reference.fisher_of_softmax(logits.reshape(-1, 12), [outputs.seen[name][0] for name in layers])
     found = measure_curvature(model, layers, [copies(ids, 100)] * 8)
     assert found.keys() == layers.keys()
@@ -88,7 +88,7 @@ def test_the_more_draws_the_closer():
     name = "model.layers.0.mlp.down_proj"
     layers = {name: model.get_submodule(name)}
     with Outputs(layers) as outputs:
-        logits = model(ids, use_cache=False).logits
+        logits = model(ids, use_cache=False).logits / TEMPERATURE
     (expected,) = reference.fisher_of_softmax(logits.reshape(-1, 12), outputs.seen[name])
     few, many = (
         distance(measure_curvature(model, layers, [copies(ids, n)], seed=1)[name] / n, expected) for n in (40, 4000)
@@ -126,12 +126,13 @@ def test_a_tower_without_logits_predicts_a_normal_mean():
 def test_labels_are_drawn_by_what_the_model_predicts():
     logits = torch.tensor([2.0, -1.0, 0.5, -30.0]).repeat(20000, 1).requires_grad_()
     categorical_surprise(logits, generator(0)).backward()
-    probabilities = logits[0].detach().softmax(-1)
-    # The gradient at a row is p − e(label).
-    labels = (logits.grad - probabilities).argmin(-1)
+    probabilities = (logits[0].detach() / TEMPERATURE).softmax(-1)
+    # The gradient at a row is (p − e(label)) / T.
+    gradients = logits.grad * TEMPERATURE
+    labels = (gradients - probabilities).argmin(-1)
     frequencies = labels.bincount(minlength=4) / len(labels)
     torch.testing.assert_close(frequencies, probabilities, rtol=0, atol=0.01)
-    torch.testing.assert_close(logits.grad, probabilities - nn.functional.one_hot(labels, 4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradients, probabilities - nn.functional.one_hot(labels, 4), rtol=0, atol=1e-6)
 
 
 def test_a_single_logit_is_a_regression():
