@@ -85,7 +85,7 @@ def add_output_arguments(parser: ArgumentParser, what: str) -> None:
 CONFIG_FIELDS = (
     "parameter_reduction", "tolerance", "allocation", "modules_to_not_convert", "rank_multiple", "dataset",
     "tokenizer", "calibration", "blend", "num_samples", "sequence_length", "batch_size", "seed", "solver",
-    "num_iterations", "storage", "self_contained", "elastic",
+    "num_iterations", "storage", "self_contained", "elastic", "objective", "refine_steps",
 )  # fmt: skip
 
 
