@@ -55,6 +55,9 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 # The expectation over all labels
 
+# Where predictions are softened, all labels are drawn from them as softened.
+TEMPERATURE = getattr(curvature, "TEMPERATURE", 1.0)
+
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 4, "vocab_size": 12}
 LLAMA = text_family("small llama", hf.LlamaForCausalLM, hf.LlamaConfig, **(GROUPED | SMALL))
 BERT = text_family("small bert", hf.BertModel, hf.BertConfig, **(GROUPED | SMALL))
@@ -74,7 +77,7 @@ def test_it_is_the_fisher_information_of_a_softmax():
     model, ids = LLAMA.build(), small_ids(2, 4)
     layers = linears(model)
     with Outputs(layers) as outputs:
-        logits = model(ids, use_cache=False).logits
+        logits = model(ids, use_cache=False).logits / TEMPERATURE
     expected = reference.fisher_of_softmax(logits.reshape(-1, 12), [outputs.seen[name][0] for name in layers])
     found = measure_curvature(model, layers, [copies(ids, 100)] * 8)
     assert found.keys() == layers.keys()
@@ -88,7 +91,7 @@ def test_the_more_draws_the_closer():
     name = "model.layers.0.mlp.down_proj"
     layers = {name: model.get_submodule(name)}
     with Outputs(layers) as outputs:
-        logits = model(ids, use_cache=False).logits
+        logits = model(ids, use_cache=False).logits / TEMPERATURE
     (expected,) = reference.fisher_of_softmax(logits.reshape(-1, 12), outputs.seen[name])
     few, many = (
         distance(measure_curvature(model, layers, [copies(ids, n)], seed=1)[name] / n, expected) for n in (40, 4000)
@@ -126,12 +129,13 @@ def test_a_tower_without_logits_predicts_a_normal_mean():
 def test_labels_are_drawn_by_what_the_model_predicts():
     logits = torch.tensor([2.0, -1.0, 0.5, -30.0]).repeat(20000, 1).requires_grad_()
     categorical_surprise(logits, generator(0)).backward()
-    probabilities = logits[0].detach().softmax(-1)
-    # The gradient at a row is p − e(label).
-    labels = (logits.grad - probabilities).argmin(-1)
+    probabilities = (logits[0].detach() / TEMPERATURE).softmax(-1)
+    # The gradient at a row is p − e(label), over the temperature.
+    gradients = TEMPERATURE * logits.grad
+    labels = (gradients - probabilities).argmin(-1)
     frequencies = labels.bincount(minlength=4) / len(labels)
     torch.testing.assert_close(frequencies, probabilities, rtol=0, atol=0.01)
-    torch.testing.assert_close(logits.grad, probabilities - nn.functional.one_hot(labels, 4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradients, probabilities - nn.functional.one_hot(labels, 4), rtol=0, atol=1e-6)
 
 
 def test_a_single_logit_is_a_regression():
