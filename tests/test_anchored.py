@@ -19,9 +19,12 @@ from watch import Inputs, Watch, plain_forward
 
 from optimum_pgsvd import CalibrationError, ConfigError, PGSVDCompressor, PGSVDConfig
 from optimum_pgsvd.calibration import AnchoredRecorder, BlockWalk, GramRecorder
+from optimum_pgsvd.factoring import Clock, InPlace, Job, factor, measuring
+from optimum_pgsvd.factoring.measuring import stages
 from optimum_pgsvd.linalg import anchored_weight, output_projection
 from optimum_pgsvd.linalg.anchor import RIDGE
-from optimum_pgsvd.modeling_pgsvd import low_rank_layers
+from optimum_pgsvd.modeling_pgsvd import low_rank_layers, set_submodule
+from optimum_pgsvd.planning import given_ranks
 from optimum_pgsvd.targets import LINEAR_TYPES, find_blocks, find_targets
 
 
@@ -254,6 +257,93 @@ def test_the_blend(blend: float):
         best = torch.linalg.lstsq(expected, aimed, driver="gelsd").solution
         least = float((expected @ best - aimed).square().sum())
         assert float((expected @ goal.T - aimed).square().sum()) < 1.02 * least < float((own - aimed).square().sum())
+
+
+# Stage by stage
+
+
+def stages_of(walk: BlockWalk, leaders: dict[str, str], blend: float) -> Callable[[str], list[AnchoredRecorder]]:
+    return lambda block: [
+        AnchoredRecorder(part, walk.rows, leaders, blend) for part in stages(linears(walk.model, f"{block}."), leaders)
+    ]
+
+
+@torch.no_grad()
+def replace_by_disturbed(model: nn.Module, names: Iterable[str]) -> None:
+    """In the place of factoring."""
+    for name in names:
+        layer = copy.deepcopy(model.get_submodule(name))
+        source = generator(len(name))
+        for parameter in layer.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=source, dtype=parameter.dtype)
+        set_submodule(model, name, layer)
+
+
+@pytest.mark.parametrize("blend", [0.5, 1.0])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "phi3", "opt", "gemma3"])
+def test_each_stage_sees_what_the_replaced_ones_before_it_put_out(name: str, blend: float):
+    """Dense inputs of the dense model, compressed ones of a copy in which the earlier stages are replaced."""
+    model, batches = in_float64(FAMILIES[name].build(), FAMILIES[name].batches(2))
+    expected, dense = copy.deepcopy(model), inputs_of(model, linears(model), batches)
+    order, distances = [], {}
+    with BlockWalk(model, find_blocks(model), batches) as walk:
+        leaders = walk.survey(linears(model)).leaders
+        for step in walk.measure_anchored(stages_of(walk, leaders, blend)):
+            recorder = step.recorder
+            order.append((step.block, step.last))
+            compressed = inputs_of(expected, recorder.layers, batches)
+            for layer, x in compressed.items():
+                torch.testing.assert_close(recorder.moments(layer).gram, x.T @ x, rtol=1e-10, atol=1e-10)
+                weight = gaussian(3, x.shape[1], seed=0)
+                ridge = RIDGE * float(x.square().sum() / x.shape[1])
+                goal = reference.anchored_weight(weight, dense[layer], x, blend, ridge)
+                torch.testing.assert_close(recorder.goal(layer, weight), goal, rtol=1e-6, atol=1e-6)
+                distances[layer] = float((x - dense[layer]).norm() / x.norm())
+            names = list(recorder.layers)
+            replace_by_disturbed(model, names)
+            replace_by_disturbed(expected, names)
+    inside = {name for block in find_blocks(model) for name in linears(model, f"{block}.")}
+    assert distances.keys() == inside
+    # The first stage alone sees the dense model.
+    exact = [layer for layer, distance in distances.items() if distance == 0]
+    assert {leaders[layer] for layer in exact if layer.startswith(order[0][0])} == {next(iter(distances))}
+    for block in find_blocks(model):
+        assert [last for each, last in order if each == block] == [False] * (len(order_of(order, block)) - 1) + [True]
+        assert len(order_of(order, block)) >= 4
+    state, wanted = model.state_dict(), expected.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in state.items())
+
+
+def order_of(order: list[tuple[str, bool]], block: str) -> list[tuple[str, bool]]:
+    return [each for each in order if each[0] == block]
+
+
+class Chain(nn.Module):
+    """Two layers in a row, with more between them than a rank of 3 can carry; no residual connection hides it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 24, bias=False), nn.Linear(24, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).exp())
+
+
+def test_stages_within_a_block_beat_the_block_as_one(monkeypatch):
+    """The control: the second layer makes up for part of what the first one lost."""
+    batches, errors = toy_batches(40), {}
+    dense = toy(lambda: Toy(Chain()))
+    expected = torch.cat([dense(**batch) for batch in batches])
+    for name in ("stages", "one"):
+        if name == "one":
+            monkeypatch.setattr(measuring, "stages", lambda layers, leaders: [layers])
+        model = toy(lambda: Toy(Chain()))
+        config = PGSVDConfig(ranks={"first": 3, "second": 6}, dataset=batches, calibration="anchored", blend=1.0)
+        targets = find_targets(model, config)
+        plan = given_ranks(targets.shapes, config.ranks)
+        factor(Job(model, targets, plan, batches, config, Clock(), InPlace()))
+        errors[name] = reference.norm(torch.cat([model(**batch) for batch in batches]).detach() - expected.detach())
+    assert errors["stages"] < 0.8 * errors["one"]
 
 
 class LinearsOutside(Toy):

@@ -112,6 +112,26 @@ def test_inspect_names_what_does_not_fit_a_rank(part, dense, tmp_path):
         read_contents(tmp_path)
 
 
+def test_compress_by_loss_with_refinement(dense, corpus, tmp_path):
+    arguments = ["--objective", "loss", "--allocation", "loss", "--calibration", "anchored", "--refine-steps", 4]
+    more = ["--parameter-reduction", 0.3, "--sequence-length", 16, "--batch-size", 2]
+    run("compress", "-m", dense, "--dataset", corpus, "-o", tmp_path / "out", *arguments, *more)
+    report = CompressionReport.load(tmp_path / "out")
+    assert (report.config["objective"], report.config["allocation"], report.config["refine_steps"]) == (
+        "loss",
+        "loss",
+        4,
+    )
+    assert all((layer.refined is None) == (layer.rank is None) for layer in report.layers)
+    assert {"gradients", "refinement"} <= set(report.seconds)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.quantization_config.objective == "loss"
+
+
+def test_a_plan_by_loss_is_refused(dense):
+    done = run("plan", "-m", dense, "--parameter-reduction", 0.4, "--allocation", "loss", expect=2)
+    assert "allocation='loss' chooses ranks by gradients on a calibration set, so there is no plan" in done.stderr
+
+
 def test_ranks_from_a_file(dense, corpus, tmp_path):
     (tmp_path / "ranks.json").write_text(json.dumps({"*.q_proj": 3}))
     run("compress", "-m", dense, "--ranks", tmp_path / "ranks.json", "--solver", "svd", "-o", tmp_path / "out")

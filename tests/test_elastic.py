@@ -244,6 +244,15 @@ def test_half_precision(dtype: torch.dtype, tmp_path) -> None:
 # Loading
 
 
+@pytest.mark.parametrize("field", ["allocation", "objective"])
+def test_a_cut_by_gradients_is_refused(field: str, elastic) -> None:
+    """There are none, and the singular values of the weights are not what the loss counts."""
+    message = f"{field}='loss'.* measures gradients, and a checkpoint is cut without data; cut it with"
+    for folder in elastic.values():
+        with pytest.raises(ConfigError, match=message):
+            cut(folder, **{"parameter_reduction": 0.5, field: "loss"})
+
+
 def test_cutting_says_nothing(elastic, logged) -> None:
     for folder in elastic.values():
         cut(folder, parameter_reduction=0.4)

@@ -8,21 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, ODD, Batch
+import transformers as hf
+from models import FAMILIES, ODD, POSITIONS, SIZES, SPECIAL, Batch, text_family
 from torch import Tensor, nn
 from toys import Layer, OutOfStep, PassesBy, Toy, toy, toy_batches
 from transformers import PreTrainedModel
 from watch import Inputs, plain_forward
 
 from optimum_pgsvd import CalibrationError, NonFiniteError, PGSVDCompressor, PGSVDConfig, factoring
-from optimum_pgsvd.calibration import Step
+from optimum_pgsvd.calibration import BlockWalk, Step
 from optimum_pgsvd.distributed import Peers
 from optimum_pgsvd.factoring import Clock, InPlace, Job, factor, undone_on_error
-from optimum_pgsvd.factoring.measuring import in_step
+from optimum_pgsvd.factoring.measuring import in_step, stages
 from optimum_pgsvd.modeling_pgsvd import LowRankLinear, low_rank_layers
 from optimum_pgsvd.planning import given_ranks
 from optimum_pgsvd.report import LayerReport
-from optimum_pgsvd.targets import find_blocks, find_targets
+from optimum_pgsvd.targets import LINEAR_TYPES, find_blocks, find_targets
 
 
 CALIBRATIONS = ("parallel", "anchored")
@@ -270,6 +271,101 @@ def test_processes_whose_batches_run_blocks_in_another_order_are_refused() -> No
     here = iter([Step("second", None), Step("first", None)])
     with pytest.raises(CalibrationError, match="some batches run first earlier than others do; compress with one"):
         list(in_step(here, ["first", "second"], lambda block: [None], Events(), peers))
+
+
+# Stages
+
+
+def stages_of(model: nn.Module, batches: list[Batch], block: str) -> list[str]:
+    """Of a block, by the layers' names in it."""
+    with BlockWalk(model, find_blocks(model), batches) as walk:
+        names = [name for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)]
+        leaders = walk.survey({name: model.get_submodule(name) for name in names}).leaders
+    layers = {name: model.get_submodule(name) for name in names if name.startswith(f"{block}.")}
+    found = stages(layers, leaders)
+    assert sorted(name for stage in found for name in stage) == sorted(layers)
+    return [" ".join(name.removeprefix(f"{block}.").removeprefix("self_attn.") for name in stage) for stage in found]
+
+
+PHI = text_family("phi", hf.PhiForCausalLM, hf.PhiConfig, **SPECIAL, **SIZES, **POSITIONS)
+
+STAGES = {
+    "llama": (
+        "model.layers.0",
+        ["q_proj k_proj v_proj", "o_proj", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"],
+    ),
+    "opt": ("model.decoder.layers.1", ["q_proj k_proj v_proj", "out_proj", "fc1", "fc2"]),
+    "gpt2": ("transformer.h.0", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
+    # The module list has o_proj first, the calls do not.
+    "phi3": ("model.layers.0", ["qkv_proj", "o_proj", "mlp.gate_up_proj", "mlp.down_proj"]),
+    # Keys and values of the encoder's states are one stage whatever the queries are.
+    "bart": (
+        "model.decoder.layers.0",
+        [
+            "q_proj k_proj v_proj",
+            "out_proj",
+            "encoder_attn.q_proj",
+            "encoder_attn.k_proj encoder_attn.v_proj",
+            "encoder_attn.out_proj",
+            "fc1",
+            "fc2",
+        ],
+    ),
+    # Attention and MLP read the same hidden states, but not one after the other.
+    "phi": ("model.layers.0", ["q_proj k_proj v_proj", "dense", "mlp.fc1", "mlp.fc2"]),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_follow_the_calls_and_do_not_part_what_shares_an_input(name: str) -> None:
+    family = PHI if name == "phi" else FAMILIES[name]
+    block, expected = STAGES[name]
+    assert stages_of(family.build(), family.batches(1), block) == expected
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.w1(x).tanh() * self.w3(x))
+
+
+class Mixture(nn.Module):
+    """Every token goes to one expert, by its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(6, 6)
+        self.experts = nn.ModuleList(Expert() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dense(x).tanh()
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            out[:, i::3] = expert(x[:, i::3])
+        return x + out
+
+
+def test_experts_are_one_stage() -> None:
+    """Each has inputs of its own, and they run one after the other."""
+    model = toy(lambda: Toy(Mixture(), Mixture()))
+    first = " ".join(f"experts.{i}.{w}" for i in range(3) for w in ("w1", "w3"))
+    second = " ".join(f"experts.{i}.w2" for i in range(3))
+    assert stages_of(model, toy_batches(2), "layers.1") == ["dense", first, second]
+    layers, _ = factor(job_for(model, toy_batches(3), calibration="anchored"))
+    assert all(isinstance(expert.w2, LowRankLinear) for layer in model.layers for expert in layer.experts)
+    assert [layer.name for layer in layers] == [
+        name for name, m in model.named_modules() if isinstance(m, LowRankLinear)
+    ]
+
+
+def test_layers_in_a_row_are_stages_of_their_own() -> None:
+    """Numbers at the end of a name are no siblings' numbers."""
+    names = ["layers.0.mlp.0", "layers.0.mlp.2", "layers.0.fc1", "layers.0.fc2"]
+    found = stages({name: nn.Identity() for name in names}, {name: name for name in names})
+    assert [list(stage) for stage in found] == [[name] for name in names]
 
 
 # What is held

@@ -177,12 +177,20 @@ def test_what_cannot_be_measured(checkpoints, tmp_path, settings, message):
     [
         ({"solver": "als"}, "measure with solver='als'"),
         ({"calibration": "anchored"}, "cannot serve it"),
+        ({"objective": "loss"}, "measures gradients, and the measurements that are the dataset hold none"),
+        ({"allocation": "loss"}, "measures gradients, and the measurements that are the dataset hold none"),
     ],
 )
 def test_what_measurements_do_not_serve(stats, settings, message):
     model = FAMILIES["llama"].build()
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises((CalibrationError, ConfigError), match=message):
         PGSVDCompressor(config(dataset=stats(), **settings)).compress(model)
+
+
+def test_measurements_hold_no_plan_by_loss(stats):
+    """The singular values that they hold are of the weights alone."""
+    with pytest.raises(ConfigError, match="chooses ranks by gradients on a calibration set, so there is no plan"):
+        PGSVDCompressor(config(dataset=stats(), allocation="loss")).plan(FAMILIES["llama"].build())
 
 
 def test_a_layer_that_was_not_measured(checkpoints, tmp_path):

@@ -35,6 +35,11 @@ def in_memory(folder):
             report = PGSVDCompressor(config(name, **settings)).compress(model)
             layers = [(layer.name, layer.rank, layer.tokens, layer.activation_error) for layer in report.layers]
             found[name, calibration] = model.state_dict(), layers
+    for name in ("llama", "t5"):
+        model = FAMILIES[name].build()
+        report = PGSVDCompressor(config(name, objective="loss", allocation="loss")).compress(model)
+        layers = [(layer.name, layer.rank, layer.tokens, layer.activation_error) for layer in report.layers]
+        found[name, "loss"] = model.state_dict(), layers
     torch.save(found, os.path.join(folder, f"in_memory-{dist.get_rank() if dist.is_initialized() else 'alone'}.pt"))
 
 
