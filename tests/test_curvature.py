@@ -55,8 +55,6 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 # The expectation over all labels
 
-# Where predictions are softened, all labels are drawn from them as softened.
-TEMPERATURE = getattr(curvature, "TEMPERATURE", 1.0)
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "head_dim": 4, "vocab_size": 12}
 LLAMA = text_family("small llama", hf.LlamaForCausalLM, hf.LlamaConfig, **(GROUPED | SMALL))
