@@ -221,7 +221,9 @@ def one_fraction_for_all(
     return max((plan for plan in plans if kept(plan) <= limit), key=kept, default=None)
 
 
-def charged_options(m: int, n: int, values: Sequence[float], rank_multiple: int) -> list[Option]:
+def charged_options(
+    m: int, n: int, values: Sequence[float], rank_multiple: int, storage: str = "factors"
+) -> list[Option]:
     """Options with `−w log(1 − t)` for an error: w the sum of all squares, t the share that a rank leaves out."""
     squares = [value * value for value in values]
     whole = math.fsum(squares)
@@ -230,7 +232,7 @@ def charged_options(m: int, n: int, values: Sequence[float], rank_multiple: int)
         share = math.fsum(squares[rank:]) / whole if whole else 0.0
         return -whole * math.log(1 - min(share, 1 - 1e-12))
 
-    return layer_options(m, n, [charge(rank) for rank in range(min(m, n) + 1)], rank_multiple)
+    return layer_options(m, n, [charge(rank) for rank in range(min(m, n) + 1)], rank_multiple, storage)
 
 
 def prices(options: Mapping[str, list[Option]]) -> list[float]:

@@ -361,7 +361,9 @@ def test_uniform_ignores_profiles_and_takes_no_tolerance():
 def loss_options(profiles: dict[str, SVDProfile], rank_multiple: int) -> dict[str, list[reference.Option]]:
     """With what is charged for an option in the place of its error."""
     return {
-        name: reference.charged_options(p.shape.out_features, p.shape.in_features, p.values.tolist(), rank_multiple)
+        name: reference.charged_options(
+            p.shape.out_features, p.shape.in_features, p.values.tolist(), rank_multiple, p.shape.storage
+        )
         for name, p in profiles.items()
     }
 
