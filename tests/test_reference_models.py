@@ -88,6 +88,16 @@ def test_calibration_and_heldout_texts_have_no_book_in_common(folder):
         assert (REFERENCE / f"{name}.jsonl").stat().st_size <= 1_000_000
 
 
+def test_the_table_of_the_readme_is_that_of_the_accounts():
+    from export import FOLDERS, table
+
+    paths = [REFERENCE / name / "training.json" for name in FOLDERS.values()]
+    if not all(path.exists() for path in paths):
+        pytest.skip("a model of benchmarks/reference is not there")
+    expected = table([json.loads(path.read_text(encoding="utf-8")) for path in paths])
+    assert f"\n{expected}\n" in (REFERENCE / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_copied_sentence_is_found():
     from prepare import SHINGLE, shared
 

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 HERE = Path(__file__).parent
 FOLDERS = {"llama": "llama-8m", "moe": "moe-8m"}
-# Stored size of a model, in bytes.
+# Stored size of a model, in bytes: 8 million parameters in bfloat16 are 16 million, before the header.
 SIZE_LIMIT = 16 * 2**20
 # Held-out sequences that a test can afford.
 SLICE = 32
@@ -59,6 +59,7 @@ def account(name: str, data: Path, run: Path, model: PreTrainedModel) -> dict[st
     """What was trained on what, for how long, and how well it does."""
     books = json.loads((data / "data.json").read_text(encoding="utf-8"))
     plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    plan = {key: value for key, value in plan.items() if key not in ("model", "step", "of")}
     log = read_log(run / "log.jsonl")
     if log[-1]["step"] != plan["steps"]:
         raise SystemExit(f"{name} stands at step {log[-1]['step']} of {plan['steps']}")
@@ -85,7 +86,7 @@ def account(name: str, data: Path, run: Path, model: PreTrainedModel) -> dict[st
     }
 
 
-def export(name: str, data: Path, run: Path, output: Path) -> dict[str, Any]:
+def export(name: str, data: Path, run: Path, output: Path, note: str | None = None) -> dict[str, Any]:
     """Write model, tokenizer and account; returns the account."""
     model = build(MODELS[name], seed=0)
     load_weights(model, run / "checkpoint.safetensors")
@@ -98,7 +99,7 @@ def export(name: str, data: Path, run: Path, output: Path) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     if size > SIZE_LIMIT:
         raise SystemExit(f"{output} takes {size} bytes, more than {SIZE_LIMIT}")
-    result = {"model": name, "bytes": size, **result}
+    result = {"model": name, "bytes": size, **result} | ({"note": note} if note else {})
     (output / "training.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.copy(run / "log.jsonl", output / "log.jsonl")
     return result
@@ -147,9 +148,10 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--data", type=Path, help="folder that prepare.py wrote")
     parser.add_argument("--run", type=Path, help="folder that train.py wrote")
+    parser.add_argument("--note", help="what the account should say about the training beside its numbers")
     args = parser.parse_args()
     if not args.tables:
-        result = export(args.model, args.data, args.run, HERE / FOLDERS[args.model])
+        result = export(args.model, args.data, args.run, HERE / FOLDERS[args.model], args.note)
         for name in ("calibration.jsonl", "heldout.jsonl"):
             shutil.copy(args.data / name, HERE / name)
         print(json.dumps({key: result[key] for key in ("model", "bytes", "training", "heldout")}, indent=1))

@@ -81,7 +81,7 @@ class Plan:
 
     steps: int
     batch_size: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 2.5e-3
     warmup: int = 200
     weight_decay: float = 0.1
     report_every: int = 20
