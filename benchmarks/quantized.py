@@ -132,6 +132,7 @@ def grams(model: Any, targets: list[str], windows: Tensor) -> dict[str, Tensor]:
     return {name: gram.double() for name, gram in found.items() if gram is not None}
 
 
+@torch.no_grad()
 def output_error(before: dict[str, Tensor], after: dict[str, Tensor], moments: dict[str, Tensor]) -> float:
     """Root mean square over the layers of `‖(W − Ŵ) Xᵀ‖ / ‖W Xᵀ‖`."""
 
