@@ -178,7 +178,12 @@ def write_tables() -> None:
     """Fill the marked place of docs/results.md."""
     cells = read_cells(RESULT)
     models = dict.fromkeys(cell["model"] for cell in cells)
-    fill("domains", "\n\n".join([regrets(cells), *(table(cells, model) for model in models)]))
+    seeds = ", ".join(str(seed) for seed in sorted({cell["seed"] for cell in cells}))
+    tokens = ", ".join(
+        f"{count:,}" for count in sorted({c["calibration_tokens"] for c in cells if c["method"] != "dense"})
+    )
+    note = f"Seeds: {seeds}. Calibration tokens: {tokens}."
+    fill("domains", "\n\n".join([regrets(cells), note, *(table(cells, model) for model in models)]))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -285,27 +285,37 @@ def table(cells: list[dict[str, Any]], model: str) -> str:
 
 
 def ratio_table(cells: list[dict[str, Any]]) -> str:
-    """Error and perplexity of sharing over those of layers apart: geometric means over the models."""
-    apart = {(c["model"], c["reduction"], c["storage"], c["weighting"]): c for c in cells if c["sharing"] == "apart"}
-    heads = [f"{storage}, {r:.0%}" for storage in STORAGES for r in REDUCTIONS]
-    lines = ["| of layers apart | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
-    for sharing in SHARINGS[1:]:
-        for weighting in WEIGHTINGS:
-            rows: dict[str, list[str]] = {}
-            for storage, reduction in itertools.product(STORAGES, REDUCTIONS):
-                key = {"sharing": sharing, "storage": storage, "reduction": reduction, "weighting": weighting}
-                pairs = [
-                    (c, apart[c["model"], reduction, storage, weighting]) for c in cells if key.items() <= c.items()
-                ]
-                kinds: dict[str, list[float]] = {}
-                for cell, other in pairs:
-                    base = errors(other)
-                    for kind, error in errors(cell).items():
-                        kinds.setdefault(f"error of {kind}", []).append(error / base[kind])
-                    kinds.setdefault("perplexity", []).append(cell["perplexity"] / other["perplexity"])
-                for kind, values in kinds.items():
-                    rows.setdefault(kind, []).append(f"{statistics.geometric_mean(values):.3f}")
-            lines += [f"| {sharing}, {weighting}: {kind} | {' | '.join(texts)} |" for kind, texts in rows.items()]
+    """Error and perplexity of sharing over those of layers apart: geometric means over the models.
+
+    A model counts in a column where all of its cells are there.
+    """
+    found = {(c["model"], c["reduction"], c["storage"], c["weighting"], c["sharing"]): c
+             for c in cells if c["sharing"] != "dense"}  # fmt: skip
+    columns = list(itertools.product(STORAGES, REDUCTIONS))
+    models = {
+        (storage, reduction): [
+            model
+            for model in dict.fromkeys(cell["model"] for cell in cells)
+            if all((model, reduction, storage, w, s) in found for w in WEIGHTINGS for s in SHARINGS)
+        ]
+        for storage, reduction in columns
+    }
+    columns = [column for column in columns if models[column]]
+    heads = " | ".join(f"{storage}, {reduction:.0%}" for storage, reduction in columns)
+    lines = [f"| over those of layers apart | {heads} |", "|---|" + "---:|" * len(columns)]
+    lines.append("| models | " + " | ".join(str(len(models[column])) for column in columns) + " |")
+    for sharing, weighting in itertools.product(SHARINGS[1:], WEIGHTINGS):
+        rows: dict[str, list[str]] = {}
+        for storage, reduction in columns:
+            ratios: dict[str, list[float]] = {}
+            for model in models[storage, reduction]:
+                cell, apart = (found[model, reduction, storage, weighting, each] for each in (sharing, SHARINGS[0]))
+                for kind, error in errors(cell).items():
+                    ratios.setdefault(f"error of {kind}", []).append(error / errors(apart)[kind])
+                ratios.setdefault("perplexity", []).append(cell["perplexity"] / apart["perplexity"])
+            for kind, values in ratios.items():
+                rows.setdefault(kind, []).append(f"{statistics.geometric_mean(values):.3f}")
+        lines += [f"| {sharing}, {weighting}: {kind} | {' | '.join(texts)} |" for kind, texts in rows.items()]
     return "\n".join(lines)
 
 
