@@ -33,8 +33,14 @@ from torch import Tensor, nn
 RESULT = RESULTS / "quantized.json"
 SEED = 0
 REDUCTIONS = (0.2, 0.4)
-METHODS: dict[str, str | None] = {"dense": None, "PGSVD": "factors", "best": "pivoted", "best, factors": "factors"}
-SCHEMES = ("bf16", "int8", "int4", "nf4", "int3", "int2")
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "PGSVD": {"storage": "factors"},
+    "best, no refinement, factors": {"storage": "factors", "refine_steps": 0},
+    "best, no refinement": {"storage": "pivoted", "refine_steps": 0},
+    "best": {"storage": "pivoted"},
+}
+SCHEMES = ("bf16", "int8", "int6", "int5", "int4", "nf4", "int3", "int2")
 GROUP, BLOCK = 32, 64
 GAUGES = ("as stored", "rotated", "equalised", "rotated, equalised")
 
@@ -132,6 +138,7 @@ def grams(model: Any, targets: list[str], windows: Tensor) -> dict[str, Tensor]:
     return {name: gram.double() for name, gram in found.items() if gram is not None}
 
 
+@torch.no_grad()
 def output_error(before: dict[str, Tensor], after: dict[str, Tensor], moments: dict[str, Tensor]) -> float:
     """Root mean square over the layers of `‖(W − Ŵ) Xᵀ‖ / ‖W Xᵀ‖`."""
 
@@ -142,9 +149,7 @@ def output_error(before: dict[str, Tensor], after: dict[str, Tensor], moments: d
     return math.sqrt(sum(ratios) / len(ratios))
 
 
-def compressed(
-    model: Any, tokenizer: Any, method: str, reduction: float, calibration: list[str], samples: int, **options: Any
-) -> Any:
+def compressed(model: Any, tokenizer: Any, method: str, reduction: float, calibration: list[str], samples: int) -> Any:
     """A copy of a model, low-rank by a method, in float32 with weights that bfloat16 can hold."""
     from optimum_pgsvd import PGSVDCompressor, PGSVDConfig
 
@@ -152,8 +157,7 @@ def compressed(
     if method != "dense":
         make: Callable[..., PGSVDConfig] = PGSVDConfig if method == "PGSVD" else PGSVDConfig.best
         config = make(
-            reduction, storage=METHODS[method], dataset=calibration, num_samples=samples, sequence_length=WINDOW,
-            seed=SEED, **options,
+            reduction, dataset=calibration, num_samples=samples, sequence_length=WINDOW, seed=SEED, **METHODS[method]
         )  # fmt: skip
         PGSVDCompressor(config).compress(model, tokenizer=tokenizer)
     return nn.Module.float(model)  # a quantized model's own refuses
@@ -176,10 +180,10 @@ def run(args: argparse.Namespace) -> None:
         windows = torch.stack(pack(evaluation, tokenizer, **options))
         targets = list(find_targets(model, PGSVDConfig(0.5, solver="svd")).names)
         seen = grams(copy.deepcopy(model).float(), targets, torch.stack(pack(calibration, tokenizer, **options)))
-        for method, storage in METHODS.items():
-            for reduction in args.reductions if storage else [0.0]:
+        for method, settings in METHODS.items():
+            for reduction in args.reductions if settings else [0.0]:
                 key = {"model": name, "method": method, "reduction": reduction}
-                gauges = GAUGES if storage == "factors" else GAUGES[:1]
+                gauges = GAUGES if settings.get("storage") == "factors" else GAUGES[:1]
                 wanted = [
                     {**key, "scheme": scheme, "gauge": gauge}
                     for scheme in args.schemes
@@ -188,8 +192,7 @@ def run(args: argparse.Namespace) -> None:
                 done = read_cells(args.result)
                 missing = [cell for cell in wanted if not any(cell.items() <= other.items() for other in done)]
                 if missing and (not args.methods or method in args.methods):
-                    more = {} if method in ("dense", "PGSVD") else {"refine_steps": args.refine_steps}
-                    low_rank = compressed(model, tokenizer, method, reduction, calibration, samples, **more)
+                    low_rank = compressed(model, tokenizer, method, reduction, calibration, samples)
                     measure(low_rank, missing, targets, windows, seen, args)
 
 
@@ -271,7 +274,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="*", default=[], choices=list(METHODS), help="only these")
     parser.add_argument("--reductions", nargs="*", type=float, default=list(REDUCTIONS))
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=SCHEMES)
-    parser.add_argument("--refine-steps", type=int, default=100, help="of the best settings")
     parser.add_argument("--result", type=type(RESULT), default=RESULT, help="another file, as for a try")
     args = parser.parse_args(arguments)
     if not args.tables:

@@ -9,7 +9,8 @@ layer, their weights stacked, whose least error of any rank is known in closed f
 which every split of the group's parameters is tried. Plain storage costs `r (m + n)` parameters, pivoted storage
 `r (m + n − r)`, m being the outputs of the stack; what would not be smaller than dense stays dense. Every group gets
 the same fraction of its parameters; all other layers stay dense. Errors of a group's layers are added up as they are,
-or each relative to the size of its layer's outputs.
+or each relative to the size of its layer's outputs, or by what errors of outputs cost the loss (the second moment of
+its gradients).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import copy
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,14 @@ import torch
 from cells import RESULTS, fill, read_cells, write_cell
 from perplexity import WINDOW
 from quantized import grams
-from torch import Tensor
+from torch import Tensor, nn
 
 
 RESULT = RESULTS / "shared.json"
 REDUCTIONS = (0.2, 0.4, 0.6)
 STORAGES = ("factors", "pivoted")
 SHARINGS = ("apart", "all shared", "best partition")
-WEIGHTINGS = ("added", "relative")
+WEIGHTINGS = ("added", "relative", "loss")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Unit:
 
     Args:
         names: of the layers.
-        weight: `(m, n)`, stacked, rows scaled by what their errors count.
+        weight: `(m, n)`, stacked, outputs scaled by what their errors count.
         vectors: `(m, m)`, eigenvectors of `W G Wᵀ`, the largest first.
         tails: `(k + 1,)`, the squared error of every rank from 0.
         costs: `(k + 1,)` int64, parameters of every rank in a storage.
@@ -142,26 +143,87 @@ def groups(model: Any, targets: list[str], window: Tensor) -> list[list[str]]:
     return [names for names in followers.values() if len(names) > 1]
 
 
+def gradients(model: Any, names: Sequence[str], windows: Tensor) -> dict[str, Tensor]:
+    """The second moment `(m, m)` of the loss's gradients by each layer's outputs, float64."""
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def see(gradient: Tensor) -> None:
+            rows = gradient.flatten(0, -2).double()
+            sums[name] = sums.get(name, 0) + rows.T @ rows
+
+        def hook(module: nn.Module, inputs: Any, outputs: Tensor) -> None:
+            outputs.register_hook(see)
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+    for batch in windows.split(16):
+        loss = model(input_ids=batch, labels=batch).loss * batch.numel()
+        torch.autograd.grad(loss, model.get_input_embeddings().weight)
+    for each in hooks:
+        each.remove()
+    return sums
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what was measured of it.
+
+    Args:
+        dense: the model.
+        groups: of the layers that are fed one tensor.
+        moments: `G (n, n)` of the first layer of each group.
+        gradients: `(m, m)` of each of their layers.
+    """
+
+    dense: Any
+    groups: list[list[str]]
+    moments: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, dense: Any, targets: list[str], windows: Tensor) -> Case:
+        """Measure a model."""
+        found = groups(dense, targets, windows[0])
+        names = [name for group in found for name in group]
+        return cls(
+            dense, found, grams(dense, [group[0] for group in found], windows), gradients(dense, names, windows)
+        )
+
+    def root(self, name: str, weight: Tensor, gram: Tensor, weighting: str) -> Tensor:
+        """`R (m, m)`, an error E counting `‖Rᵀ E Xᵀ‖²`."""
+        from optimum_pgsvd.linalg.weighted import metric_root
+
+        if weighting == "loss":
+            return metric_root(self.gradients[name])
+        identity = torch.eye(len(weight), dtype=torch.float64)
+        return identity if weighting == "added" else identity / ((weight @ gram) * weight).sum().sqrt()
+
+
 @torch.no_grad()
-def measure(dense: Any, found: list[list[str]], moments: Mapping[str, Tensor], key: dict[str, Any]) -> tuple[Any, Any]:
+def measure(case: Case, key: dict[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
     """A copy of the model with all groups replaced, and what became of each group."""
-    model, layers = copy.deepcopy(dense), []
-    for names in found:
-        gram = moments[names[0]]
-        weights = {name: dense.get_submodule(name).weight.detach().double() for name in names}
-        sizes = {name: float(((w @ gram) * w).sum()) for name, w in weights.items()}
-        scales = {name: 1.0 if key["weighting"] == "added" else size**-0.5 for name, size in sizes.items()}
-        scaled = {name: w * scales[name] for name, w in weights.items()}
-        dense_parameters = sum(w.numel() for w in weights.values())
-        budget = math.floor((1 - key["reduction"]) * dense_parameters)
+    model, layers = copy.deepcopy(case.dense), []
+    for names in case.groups:
+        gram = case.moments[names[0]]
+        weights = {name: model.get_submodule(name).weight.detach().double() for name in names}
+        roots = {name: case.root(name, w, gram, key["weighting"]) for name, w in weights.items()}
+        scaled = {name: roots[name].T @ w for name, w in weights.items()}
+        budget = math.floor((1 - key["reduction"]) * sum(w.numel() for w in weights.values()))
         error, ranks, replaced = solve(scaled, gram, budget, key["storage"], key["sharing"])
         for name in names:
-            model.get_submodule(name).weight[:] = (replaced[name] / scales[name]).float()
-        total = sum(sizes[name] * scales[name] ** 2 for name in names)
-        kind = "/".join(name.rpartition(".")[2].removesuffix("_proj") for name in names)
-        short = {"+".join(n.rpartition(".")[2].removesuffix("_proj") for n in unit): r for unit, r in ranks.items()}
+            model.get_submodule(name).weight[:] = torch.linalg.solve(roots[name].T, replaced[name]).float()
+        total = sum(float(((w @ gram) * w).sum()) for w in scaled.values())
+        short = {"+".join(map(short_name, unit)): rank for unit, rank in ranks.items()}
+        kind = "/".join(map(short_name, names))
         layers.append({"group": names[0], "kind": kind, "error": math.sqrt(error / total), "ranks": short})
     return model, layers
+
+
+def short_name(name: str) -> str:
+    """Such as "q" of a layer's `q_proj`."""
+    return name.rpartition(".")[2].removesuffix("_proj")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -180,8 +242,7 @@ def run(args: argparse.Namespace) -> None:
         windows = torch.stack(pack(evaluation, tokenizer, num_samples=128, length=WINDOW))
         seen = torch.stack(pack(calibration, tokenizer, num_samples=samples, length=WINDOW))
         targets = list(find_targets(dense, PGSVDConfig(0.5, solver="svd")).names)
-        found = groups(dense, targets, seen[0])
-        moments = grams(dense, [names[0] for names in found], seen)
+        case = Case.of(dense, targets, seen)
         key: dict[str, Any] = {"model": name, "sharing": "dense"}
         if not any(key.items() <= cell.items() for cell in read_cells(args.result)):
             write_cell(args.result, key, {"perplexity": perplexity.perplexity(dense, windows)})
@@ -191,7 +252,7 @@ def run(args: argparse.Namespace) -> None:
             key = {"model": name, "reduction": reduction, "storage": storage, "weighting": weighting,
                    "sharing": sharing}  # fmt: skip
             if not any(key.items() <= cell.items() for cell in read_cells(args.result)):
-                model, layers = measure(dense, found, moments, key)
+                model, layers = measure(case, key)
                 write_cell(args.result, key, {"perplexity": perplexity.perplexity(model, windows), "layers": layers})
 
 
@@ -224,27 +285,37 @@ def table(cells: list[dict[str, Any]], model: str) -> str:
 
 
 def ratio_table(cells: list[dict[str, Any]]) -> str:
-    """Error and perplexity of sharing over those of layers apart: geometric means over the models."""
-    apart = {(c["model"], c["reduction"], c["storage"], c["weighting"]): c for c in cells if c["sharing"] == "apart"}
-    heads = [f"{storage}, {r:.0%}" for storage in STORAGES for r in REDUCTIONS]
-    lines = ["| of layers apart | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
-    for sharing in SHARINGS[1:]:
-        for weighting in WEIGHTINGS:
-            rows: dict[str, list[str]] = {}
-            for storage, reduction in itertools.product(STORAGES, REDUCTIONS):
-                key = {"sharing": sharing, "storage": storage, "reduction": reduction, "weighting": weighting}
-                pairs = [
-                    (c, apart[c["model"], reduction, storage, weighting]) for c in cells if key.items() <= c.items()
-                ]
-                kinds: dict[str, list[float]] = {}
-                for cell, other in pairs:
-                    base = errors(other)
-                    for kind, error in errors(cell).items():
-                        kinds.setdefault(f"error of {kind}", []).append(error / base[kind])
-                    kinds.setdefault("perplexity", []).append(cell["perplexity"] / other["perplexity"])
-                for kind, values in kinds.items():
-                    rows.setdefault(kind, []).append(f"{statistics.geometric_mean(values):.3f}")
-            lines += [f"| {sharing}, {weighting}: {kind} | {' | '.join(texts)} |" for kind, texts in rows.items()]
+    """Error and perplexity of sharing over those of layers apart: geometric means over the models.
+
+    A model counts in a column where all of its cells are there.
+    """
+    found = {(c["model"], c["reduction"], c["storage"], c["weighting"], c["sharing"]): c
+             for c in cells if c["sharing"] != "dense"}  # fmt: skip
+    columns = list(itertools.product(STORAGES, REDUCTIONS))
+    models = {
+        (storage, reduction): [
+            model
+            for model in dict.fromkeys(cell["model"] for cell in cells)
+            if all((model, reduction, storage, w, s) in found for w in WEIGHTINGS for s in SHARINGS)
+        ]
+        for storage, reduction in columns
+    }
+    columns = [column for column in columns if models[column]]
+    heads = " | ".join(f"{storage}, {reduction:.0%}" for storage, reduction in columns)
+    lines = [f"| over those of layers apart | {heads} |", "|---|" + "---:|" * len(columns)]
+    lines.append("| models | " + " | ".join(str(len(models[column])) for column in columns) + " |")
+    for sharing, weighting in itertools.product(SHARINGS[1:], WEIGHTINGS):
+        rows: dict[str, list[str]] = {}
+        for storage, reduction in columns:
+            ratios: dict[str, list[float]] = {}
+            for model in models[storage, reduction]:
+                cell, apart = (found[model, reduction, storage, weighting, each] for each in (sharing, SHARINGS[0]))
+                for kind, error in errors(cell).items():
+                    ratios.setdefault(f"error of {kind}", []).append(error / errors(apart)[kind])
+                ratios.setdefault("perplexity", []).append(cell["perplexity"] / apart["perplexity"])
+            for kind, values in ratios.items():
+                rows.setdefault(kind, []).append(f"{statistics.geometric_mean(values):.3f}")
+        lines += [f"| {sharing}, {weighting}: {kind} | {' | '.join(texts)} |" for kind, texts in rows.items()]
     return "\n".join(lines)
 
 
