@@ -263,12 +263,12 @@ def errors(cell: Mapping[str, Any]) -> dict[str, float]:
 
 
 def table(cells: list[dict[str, Any]], model: str) -> str:
-    """Perplexity, and the mean error of each kind of group, by what is shared."""
+    """Perplexity, and the mean error of each kind of group, by what is shared; errors weighed by the loss."""
     dense = next(c for c in cells if c["model"] == model and c["sharing"] == "dense")["perplexity"]
     lines = [f"| {model} (dense {dense:.4g}) | " + " | ".join(SHARINGS) + " |", "|---|" + "---:|" * len(SHARINGS)]
     mine = [cell for cell in cells if cell["model"] == model and cell["sharing"] != "dense"]
-    for reduction, storage, weighting in itertools.product(REDUCTIONS, STORAGES, WEIGHTINGS):
-        key = {"reduction": reduction, "storage": storage, "weighting": weighting}
+    for storage, reduction in itertools.product(STORAGES, REDUCTIONS):
+        key = {"reduction": reduction, "storage": storage, "weighting": "loss"}
         row = {cell["sharing"]: cell for cell in mine if key.items() <= cell.items()}
         if row:
             least = min(cell["perplexity"] for cell in row.values())
@@ -280,7 +280,7 @@ def table(cells: list[dict[str, Any]], model: str) -> str:
                 text = f"{cell['perplexity']:.4g}"
                 text = f"**{text}**" if cell["perplexity"] == least else text
                 texts.append(f"{text} ({', '.join(f'{kind} {e:.3f}' for kind, e in errors(cell).items())})")
-            lines.append(f"| {reduction:.0%} of the groups removed, {storage}, {weighting} | {' | '.join(texts)} |")
+            lines.append(f"| {storage}, {reduction:.0%} of the groups removed | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
