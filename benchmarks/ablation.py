@@ -15,12 +15,10 @@ ranks with the exact optimum of its objective.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import json
 import os
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -29,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import perplexity
-from cells import RESULTS, read_cells, write_cell
+from cells import RESULTS, fill, read_cells, table_parser, write_cell
 from perplexity import ROOT, WINDOW, read_jsonl
 
 
@@ -331,26 +329,16 @@ def write_tables() -> None:
     models = list(dict.fromkeys(cell["model"] for cell in cells))
     tables = [closure_table(cells, METHODS), time_table(cells), *(loss_table(cells, model) for model in models)]
     short = closure_table(cells, ["PGSVD (the paper's settings)", "all of these", list(METHODS)[-1]])
-    places = (
-        ("docs/results.md", "ablation", "\n\n".join(tables)),
-        ("docs/results.md", "allocations", allocation_table(cells)),
-        ("README.md", "choose", short),
-    )
-    for name, marker, body in places:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        pattern = rf"(<!-- {marker} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)
-        (ROOT / name).write_text(text, encoding="utf-8")
+    fill("ablation", "\n\n".join(tables))
+    fill("allocations", allocation_table(cells))
+    fill("choose", short, ROOT / "README.md")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tables", action="store_true", help="write the tables from the JSON, measure nothing")
-    parser.add_argument("--models", nargs="*", default=[], help="only these")
+    parser = table_parser(__doc__.splitlines()[0], RESULT)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), help="only these")
     parser.add_argument("--reductions", nargs="*", type=float, default=list(REDUCTIONS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    parser.add_argument("--result", type=Path, default=RESULT, help="another file, as for several runs at a time")
     args = parser.parse_args()
     if not args.tables:
         run(args.models, args.methods, args.reductions, args.seeds, args.result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -37,6 +38,15 @@ def write_cell(path: Path, key: Mapping[str, Any], values: Mapping[str, Any]) ->
     return cell
 
 
+def table_parser(description: str, result: Path) -> argparse.ArgumentParser:
+    """What every benchmark takes that writes tables of models from its cells."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--tables", action="store_true", help="write the tables from the JSON, measure nothing")
+    parser.add_argument("--models", nargs="*", default=[], help="only these")
+    parser.add_argument("--result", type=Path, default=result, help="another file, as for a try or several runs")
+    return parser
+
+
 def seconds(function: Callable[[], T], repeats: int = 1) -> tuple[float, T]:
     """Median wall-clock seconds of a few calls, and what the last one returned."""
     times = []
@@ -47,9 +57,8 @@ def seconds(function: Callable[[], T], repeats: int = 1) -> tuple[float, T]:
     return statistics.median(times), result
 
 
-def fill(name: str, body: str) -> None:
-    """Put a table in its marked place in docs/results.md."""
-    document = ROOT / "docs" / "results.md"
+def fill(name: str, body: str, document: Path = ROOT / "docs" / "results.md") -> None:
+    """Put a table in its marked place in a document."""
     text = document.read_text(encoding="utf-8")
 
     def between(marks: re.Match[str]) -> str:

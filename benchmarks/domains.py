@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import perplexity
-from cells import RESULTS, fill, read_cells, write_cell
+from cells import RESULTS, fill, read_cells, table_parser, write_cell
 from perplexity import WINDOW, read_jsonl
 
 
@@ -187,15 +187,12 @@ def write_tables() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tables", action="store_true", help="write the tables from the JSON, measure nothing")
-    parser.add_argument("--models", nargs="*", default=[], help="only these")
+    parser = table_parser(__doc__.splitlines()[0], RESULT)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="only these")
     parser.add_argument("--calibrations", nargs="*", default=list(CALIBRATIONS), choices=CALIBRATIONS)
     parser.add_argument("--reductions", nargs="*", type=float, default=list(REDUCTIONS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of a calibration set, and of each text")
-    parser.add_argument("--result", type=Path, default=RESULT, help="another file, as for a try")
     args = parser.parse_args(arguments)
     if not args.tables:
         run(args)

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cells import GIB, RESULTS, read_cells
+from cells import GIB, RESULTS, fill, read_cells
 
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "large_models.md"
@@ -107,9 +107,7 @@ def main() -> None:
     for made in (measured, computed, block, decompositions, kills):
         pattern = rf"(<!-- {made.__name__} -->\n).*?(<!-- end -->)"
         if re.search(pattern, text, flags=re.DOTALL):
-            body = made()
-            text = re.sub(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)
-    DOCUMENT.write_text(text, encoding="utf-8")
+            fill(made.__name__, made(), DOCUMENT)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,11 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import perplexity
 import torch
-from cells import RESULTS, fill, read_cells, write_cell
+from cells import RESULTS, fill, read_cells, table_parser, write_cell
 from perplexity import WINDOW
 from quantized import grams
 from torch import Tensor, nn
@@ -327,12 +326,9 @@ def write_tables() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tables", action="store_true", help="write the tables from the JSON, measure nothing")
-    parser.add_argument("--models", nargs="*", default=[], help="only these")
+    parser = table_parser(__doc__.splitlines()[0], RESULT)
     parser.add_argument("--reductions", nargs="*", type=float, default=list(REDUCTIONS))
     parser.add_argument("--weightings", nargs="*", default=list(WEIGHTINGS), choices=WEIGHTINGS)
-    parser.add_argument("--result", type=Path, default=RESULT, help="another file, as for a try")
     args = parser.parse_args(arguments)
     if not args.tables:
         run(args)

@@ -61,3 +61,25 @@ def assert_same_checkpoint(mine: Path, expected: Path) -> None:
     for field in ("skipped", "model_before", "model_after", "config", "calibration", "notes", "base_model"):
         assert getattr(mine_report, field) == getattr(their_report, field), field
     assert not os.path.exists(mine.parent / f".{mine.name}.pgsvd")
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would."""
+
+
+def failing(monkeypatch, place, number, before=True, error=Killed):
+    """Let a method fail at its n-th call, before or after it did its work."""
+    owner, name = place
+    method, calls = getattr(owner, name), 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == number and before:
+            raise error("here")
+        result = method(*args, **kwargs)
+        if calls == number:
+            raise error("here")
+        return result
+
+    monkeypatch.setattr(owner, name, counted)

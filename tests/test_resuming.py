@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import FAMILIES
-from streamed import assert_same_checkpoint, contents, in_memory, on_disk, request
+from streamed import Killed, assert_same_checkpoint, contents, failing, in_memory, on_disk, request
 
 from optimum_pgsvd import factoring
 from optimum_pgsvd.errors import CalibrationError, CheckpointError
@@ -26,10 +26,6 @@ LLAMA = FAMILIES["llama"]
 CALIBRATIONS = ("parallel", "anchored")
 BLOCKS = [*(f"model.layers.{number}" for number in range(3)), None]
 LAYERS = 7  # of a block
-
-
-class Killed(BaseException):
-    """Ends a run as a signal would."""
 
 
 @pytest.fixture(autouse=True)
@@ -73,24 +69,6 @@ def done(monkeypatch):
     monkeypatch.setattr(factoring.layer, "solve", counted_solve)
     monkeypatch.setattr(run, "plan_ranks", counted_plan)
     return counts
-
-
-def failing(monkeypatch, place, number, before=True, error=Killed):
-    """Let a method fail at its n-th call, before or after it did its work."""
-    owner, name = place
-    method, calls = getattr(owner, name), 0
-
-    def counted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == number and before:
-            raise error("here")
-        result = method(*args, **kwargs)
-        if calls == number:
-            raise error("here")
-        return result
-
-    monkeypatch.setattr(owner, name, counted)
 
 
 def interrupted(monkeypatch, source, output, config, place, number, before=True, error=Killed):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
 
 import pytest
 import torch
 from models import FAMILIES, each_family
 from safetensors.torch import load_file
-from streamed import assert_same_checkpoint, in_memory, on_disk, request
+from streamed import Killed, assert_same_checkpoint, failing, in_memory, on_disk, request
 from transformers import AutoModelForCausalLM
 
 from optimum_pgsvd import CompressionReport, PGSVDCompressor, PGSVDConfig, factoring, measurements
@@ -27,10 +26,6 @@ LLAMA = FAMILIES["llama"]
 
 # How far to compress: not at all, so that the side file holds factors of all, and so little that some stay dense.
 STARTS = (0.0, 0.02)
-
-
-class Killed(BaseException):
-    """Ends a run as a signal would."""
 
 
 @pytest.fixture(autouse=True)
@@ -168,20 +163,8 @@ PLACES = {
 
 def interrupted(monkeypatch, source, output, place, number, before):
     """Start a run, and let it end at the n-th call of a method, before or after it did its work."""
-    owner, name = PLACES[place]
-    method, calls = getattr(owner, name), Counter()
-
-    def failing(*args, **kwargs):
-        calls[name] += 1
-        if calls[name] == number and before:
-            raise Killed
-        result = method(*args, **kwargs)
-        if calls[name] == number:
-            raise Killed
-        return result
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing)
+        failing(patch, PLACES[place], number, before)
         with pytest.raises(Killed):
             on_disk(source, output, elastic())
 

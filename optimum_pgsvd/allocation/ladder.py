@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..structures import LinearShape
+from ..structures import Budget, LinearShape
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,15 @@ class Ladder:
     def of(cls, shape: LinearShape, rank_multiple: int) -> Ladder:
         """Every rank that saves parameters, then dense."""
         return cls(shape, (*range(rank_multiple, shape.largest_saving_rank + 1, rank_multiple), None))
+
+
+def given_reduction(budget: Budget, allocation: str) -> float:
+    """The reduction of a budget, for an allocation that takes no other; raises `ConfigError` for a tolerance."""
+    if budget.parameter_reduction is None:
+        raise ConfigError(
+            f"allocation={allocation!r} takes parameter_reduction, not tolerance; use allocation='pareto'"
+        )
+    return budget.parameter_reduction
 
 
 def parameter_budget(shapes: Mapping[str, LinearShape], parameter_reduction: float) -> int:

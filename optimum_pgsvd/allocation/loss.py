@@ -3,9 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from ..errors import ConfigError
 from ..structures import Budget, LayerPlan, LinearShape, RankPlan, SVDProfile
-from .ladder import Ladder, climb
+from .ladder import Ladder, climb, given_reduction
 from .registry import ALLOCATIONS
 
 
@@ -39,11 +38,10 @@ def loss(
     Source:
         arXiv 2510.05544, Proposition 1, with α_l measured and to second order; the logarithm is ours.
     """
-    if budget.parameter_reduction is None:
-        raise ConfigError("allocation='loss' takes parameter_reduction, not tolerance; use allocation='pareto'")
+    reduction = given_reduction(budget, "loss")
     ladders = {name: Ladder.of(shape, rank_multiple) for name, shape in shapes.items()}
     slopes = {name: hull_slopes(*charges(ladder, profiles[name])) for name, ladder in ladders.items()}
-    ranks, _ = climb(ladders, lambda name, j: slopes[name][j], budget.parameter_reduction)
+    ranks, _ = climb(ladders, lambda name, j: slopes[name][j], reduction)
     return RankPlan({name: LayerPlan(shape, ranks[name]) for name, shape in shapes.items()})
 
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 
-from ..errors import ConfigError
 from ..structures import Budget, LayerPlan, LinearShape, RankPlan, SVDProfile
-from .ladder import Ladder, climb
+from .ladder import Ladder, climb, given_reduction
 from .registry import ALLOCATIONS
 
 
@@ -29,8 +28,7 @@ def uniform(
     Source:
         The "SVD-ALS" rows of arXiv 2510.05544, and SVD-LLM.
     """
-    if budget.parameter_reduction is None:
-        raise ConfigError("allocation='uniform' takes parameter_reduction, not tolerance; use allocation='pareto'")
+    reduction = given_reduction(budget, "uniform")
     ladders = {name: Ladder.of(shape, rank_multiple) for name, shape in shapes.items()}
 
     def share_removed(name: str, j: int) -> float:
@@ -38,5 +36,5 @@ def uniform(
         shape = shapes[name]
         return max(1 - shape.parameters(ladders[name].ranks[j + 1]) / shape.dense_parameters, 1e-15)
 
-    ranks, _ = climb(ladders, share_removed, budget.parameter_reduction)
+    ranks, _ = climb(ladders, share_removed, reduction)
     return RankPlan({name: LayerPlan(shape, ranks[name]) for name, shape in shapes.items()})

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
+from inspect import signature
 from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
@@ -86,19 +87,12 @@ def add_output_arguments(parser: ArgumentParser, what: str) -> None:
     )
 
 
-CONFIG_FIELDS = (
-    "parameter_reduction", "tolerance", "allocation", "modules_to_not_convert", "rank_multiple", "dataset",
-    "tokenizer", "calibration", "blend", "num_samples", "sequence_length", "batch_size", "seed", "solver",
-    "num_iterations", "storage", "self_contained", "elastic", "objective", "refine_steps", "correct_bias",
-)  # fmt: skip
-
-
 def config_of(args: Namespace, **fixed: Any) -> Any:
     """The `PGSVDConfig` that the arguments describe, with some fields fixed."""
     from ..config import PGSVDConfig
 
-    fields = {name: getattr(args, name) for name in CONFIG_FIELDS if hasattr(args, name)}
-    if getattr(args, "ranks", None):
+    fields = {name: getattr(args, name) for name in signature(PGSVDConfig).parameters if hasattr(args, name)}
+    if fields.get("ranks"):
         with open(args.ranks, encoding="utf-8") as file:
             fields["ranks"] = json.load(file)
     settings = PGSVDConfig.best if getattr(args, "best", False) else PGSVDConfig

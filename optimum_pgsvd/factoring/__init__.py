@@ -2,8 +2,7 @@
 
 from .blocks import factor, report_on
 from .job import Clock, InPlace, Job, Measuring, everything, undone_on_error
-from .layer import check_reached
-from .measuring import measured
+from .measuring import measured, profiles_of
 from .request import Calibration, calibration_of, refuse_absent_weights
 from .sensitivity import curvature_of, loss_profiles, refuse_without_gradients
 
@@ -15,12 +14,12 @@ __all__ = [
     "Job",
     "Measuring",
     "calibration_of",
-    "check_reached",
     "curvature_of",
     "everything",
     "factor",
     "loss_profiles",
     "measured",
+    "profiles_of",
     "refuse_absent_weights",
     "refuse_without_gradients",
     "report_on",

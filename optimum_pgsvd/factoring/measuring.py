@@ -13,8 +13,10 @@ from ..distributed import Peers
 from ..errors import CalibrationError
 from ..measurements import StoredMoments
 from ..solvers import SOLVERS
+from ..structures import SVDProfile
+from ..targets import Target
 from .job import Clock, Job, Measuring
-from .layer import unreached
+from .layer import check_reached, unreached
 
 
 def read(job: Job) -> Iterator[Step]:
@@ -56,6 +58,26 @@ def measured(job: Measuring) -> Iterator[Step]:
             steps = walk.measure(lambda block: recorders_of(block)[0], beside)
         yield from timed(in_step(steps, walk.blocks, recorders_of, destination.weights, job.peers), job.clock, "grams")
         yield Step(None, beside)
+
+
+def profiles_of(job: Measuring, step: Step, measure: Callable[[Target], SVDProfile]) -> dict[str, SVDProfile]:
+    """The profile of every layer of a step, each measured by one of the processes, in the order of the model.
+
+    Args:
+        job: of which.
+        step: its recorder is summed over the processes first.
+        measure: called for this process's share of the layers.
+
+    Raises:
+        CalibrationError: the calibration set never reached one of them.
+    """
+    peers, found = job.peers, job.in_block(step.block)
+    if peers.size > 1:
+        step.recorder.sum_over(peers)
+    check_reached(step.recorder, [target.name for target in found])
+    owners = peers.share_out({target.name: target.shape.solving_cost for target in found})
+    profiles = peers.merge({t.name: measure(t) for t in found if owners[t.name] == peers.rank})
+    return {target.name: profiles[target.name] for target in found}
 
 
 def in_step(

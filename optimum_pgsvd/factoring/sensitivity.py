@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration import measure_curvature
+from ..calibration import Step, measure_curvature
 from ..config import PGSVDConfig
 from ..errors import ConfigError
 from ..linalg import weighted_spectrum
 from ..planning import dense_weight
 from ..structures import SVDProfile
-from ..targets import Targets
+from ..targets import Target, Targets
 from .job import Clock, InPlace, Measuring, everything
-from .layer import check_reached
-from .measuring import measured
+from .measuring import measured, profiles_of
 from .request import Calibration
 
 
@@ -72,19 +72,14 @@ def loss_profiles(
     job = Measuring(model, targets, everything(targets), calibration.batches, parallel, Clock(), InPlace())
     profiles: dict[str, SVDProfile] = {}
     for step in measured(job):
-        found = job.in_block(step.block)
-        if job.peers.size > 1:
-            step.recorder.sum_over(job.peers)
-        check_reached(step.recorder, [target.name for target in found])
-        owners = job.peers.share_out({target.name: target.shape.solving_cost for target in found})
-        mine = {}
-        for target in found:
-            if owners[target.name] == job.peers.rank:
-                moments = step.recorder.moments(target.name, target.name in job.corrected)
-                weight = dense_weight(model, target.name)
-                spectrum = weighted_spectrum(weight, moments.measured, moments.energies, curvature[target.name])
-                # Both moments are sums over tokens, and what the layer counts is one such sum.
-                per_token = spectrum.cpu() / math.sqrt(step.recorder.tokens[target.name])
-                mine[target.name] = SVDProfile(target.shape, per_token)
-        profiles |= job.peers.merge(mine)
+        profiles |= profiles_of(job, step, partial(loss_profile, job, step, curvature))
     return {name: profiles[name] for name in targets.names}
+
+
+def loss_profile(job: Measuring, step: Step, curvature: Mapping[str, Tensor], target: Target) -> SVDProfile:
+    """What each rank of one layer counts for the loss."""
+    moments = step.recorder.moments(target.name, target.name in job.corrected)
+    weight = dense_weight(job.model, target.name)
+    spectrum = weighted_spectrum(weight, moments.measured, moments.energies, curvature[target.name])
+    # Both moments are sums over tokens, and what the layer counts is one such sum.
+    return SVDProfile(target.shape, spectrum.cpu() / math.sqrt(step.recorder.tokens[target.name]))

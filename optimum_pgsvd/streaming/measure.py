@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..calibration import GramRecorder
+from ..calibration import Step
 from ..distributed import Peers
 from ..errors import ConfigError
-from ..factoring import Clock, Measuring, check_reached, everything, measured, refuse_without_gradients
+from ..factoring import Clock, Measuring, everything, measured, profiles_of, refuse_without_gradients
 from ..measurements import INDEX, Measurements, write_block, write_index
 from ..planning import profile_of
 from ..targets import find_blocks
@@ -97,21 +97,15 @@ def carry_out(run: Run, work: Workspace) -> None:
         for step in measured(job):
             weights.release_large()  # no forward pass is under way
             if not destination.is_finished(step.block) and step.recorder is not None:
-                measure_block(job, step.block, step.recorder, os.path.join(work.checkpoint, file_name(step.block)))
+                measure_block(job, step, os.path.join(work.checkpoint, file_name(step.block)))
                 work.keep_block(step.block, [], clock.seconds)
 
 
-def measure_block(job: Measuring, block: str | None, recorder: GramRecorder, path: str) -> None:
-    """Write what is known of a block's layers; the profile of each is measured by one of the processes."""
-    peers, found = job.peers, job.in_block(block)
-    if peers.size > 1:
-        recorder.sum_over(peers)
-    check_reached(recorder, [target.name for target in found])
-    owners = peers.share_out({target.name: target.shape.solving_cost for target in found})
-    mine = {t.name: profile_of(job.model, t) for t in found if owners[t.name] == peers.rank}
-    profiles = peers.merge(mine)
-    if profiles and peers.is_main:
-        write_block(path, recorder, {target.name: profiles[target.name] for target in found})
+def measure_block(job: Measuring, step: Step, path: str) -> None:
+    """Write what is known of a block's layers."""
+    profiles = profiles_of(job, step, lambda target: profile_of(job.model, target))
+    if profiles and job.peers.is_main:
+        write_block(path, step.recorder, profiles)
 
 
 def file_name(block: str | None) -> str:
