@@ -73,7 +73,7 @@ STYLES = (
     "{thing} {after} in a {before} {noun}",
     "this {before} {noun} shows {thing} {after}",
 )
-# Tokens of a caption at most, the first and the last among them: what few would be longer are cut, and as true as before.
+# Tokens of a caption at most, the first and the last among them: what few are longer are cut, and as true as before.
 LENGTH = 24
 TINTS = {"red": (1.15, 0.5, 0.5), "green": (0.5, 1.15, 0.5), "blue": (0.5, 0.5, 1.15)}
 
@@ -84,7 +84,7 @@ def unseen_tint(label: int) -> int:
 
 
 def draw_content(labels: Sequence[int], chance: random.Random) -> Tensor:
-    """What to make of pictures of these classes `(N, 6)`: a third as they are, the others altered in up to three ways."""
+    """What to make of pictures of these classes `(N, 6)`: a third as they are, the others altered in up to 3 ways."""
     rows = []
     for label in labels:
         row = [label] + [0] * len(FAMILIES)
@@ -98,7 +98,7 @@ def draw_content(labels: Sequence[int], chance: random.Random) -> Tensor:
 
 
 def draw_mentioned(content: Tensor, chance: random.Random) -> Tensor:
-    """What captions mention of contents `(N, 6)`: most of the alterations, seldom that there is none, mostly the class."""
+    """What captions mention of contents `(N, 6)`: the class and alterations mostly, that there is none seldom."""
     rows = []
     for row in content.tolist():
         odds = [0.9] + [0.75 if value else 0.08 for value in row[1:]]

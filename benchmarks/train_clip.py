@@ -19,20 +19,26 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import tokenizers
 import torch
-from captions import CLASSES, LENGTH, alter, draw_content, draw_mentioned, read_pictures, sample_captions, true_of, write
+import transformers
+from captions import LENGTH, alter, draw_content, draw_mentioned, read_pictures, sample_captions, true_of, write
+from cells import fill
 from reference.train import Run, load_weights, make_optimizer, order, read_log, resume, save
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPTokenizer
 
 
+OUTPUT = Path(__file__).parent / "reference" / "clip-7m"
 # The last pictures of the file are for measuring: nothing is trained or calibrated on them.
 HELD_OUT = 5000
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
@@ -267,22 +273,113 @@ def train(
     return run
 
 
+def export(
+    run: Path, output: Path, pictures: Tensor, labels: Sequence[int], note: str | None = None
+) -> dict[str, Any]:
+    """Write model in bfloat16, processor and account; returns the account, of the rounded weights in float32."""
+    processor = AutoProcessor.from_pretrained(run / "processor", backend="pil")
+    model = build(make_config(len(processor.tokenizer)), seed=0)
+    load_weights(model, run / "checkpoint.safetensors")
+    plan, log = json.loads((run / "plan.json").read_text(encoding="utf-8")), read_log(run / "log.jsonl")
+    if plan["step"] != plan["steps"]:
+        raise SystemExit(f"{run} stands at step {plan['step']} of {plan['steps']}")
+    model.to(torch.bfloat16).save_pretrained(output)
+    processor.save_pretrained(output)
+    result = account(model.float(), processor, plan, log, pictures, labels) | ({"note": note} if note else {})
+    result["bytes"] = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    (output / "training.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    shutil.copy(run / "log.jsonl", output / "log.jsonl")
+    return result
+
+
+def account(
+    model: CLIPModel,
+    processor: Any,
+    plan: dict[str, Any],
+    log: Sequence[dict[str, Any]],
+    pictures: Tensor,
+    labels: Sequence[int],
+) -> dict[str, Any]:
+    """What was trained on what, for how long, and how well it does."""
+    from zero_shot import accuracy, pixel_values, questions
+
+    known = len(labels) - HELD_OUT
+    plan = {key: value for key, value in plan.items() if key not in ("step", "of")}
+    last = [line["loss"] for line in log if line["step"] > plan["steps"] - 100]
+    asked = questions(pictures[known:], labels[known:])
+    pixels = {name: pixel_values(processor.image_processor, each.pictures) for name, each in asked.items()}
+    towers = {"vision": model.vision_model, "text": model.text_model}
+    return {
+        "architecture": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "tower_parameters": {name: sum(p.numel() for p in tower.parameters()) for name, tower in towers.items()},
+        "training": {
+            **plan,
+            "pictures": known,
+            "passes": plan["steps"] * plan["batch_size"] / known,
+            "pictures_per_second": plan["steps"] * plan["batch_size"] / plan["seconds"],
+            "loss_of_last_100_steps": sum(last) / len(last),
+        },
+        "heldout": {
+            "pictures": HELD_OUT,
+            "accuracy": {n: accuracy(model, processor.tokenizer, asked[n], pixels[n]) for n in asked},
+            "answers": {name: len(each.answers) for name, each in asked.items()},
+        },
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers, safetensors)},
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The account, for the README."""
+    training, heldout, towers = found["training"], found["heldout"], found["tower_parameters"]
+    rows = [
+        ("class", found["architecture"]),
+        ("parameters", f"{found['parameters']:,}"),
+        ("of the vision tower", f"{towers['vision']:,}"),
+        ("of the text tower", f"{towers['text']:,}"),
+        ("bytes of weights", f"{found['bytes']:,}"),
+        ("steps", f"{training['steps']:,}"),
+        ("pictures a step", f"{training['batch_size']}"),
+        ("passes over the pictures", f"{training['passes']:.1f}"),
+        ("minutes", f"{training['seconds'] / 60:.0f}"),
+        ("training loss, last 100 steps", f"{training['loss_of_last_100_steps']:.3f}"),
+    ]
+    for name, share in heldout["accuracy"].items():
+        rows.append((f"held-out accuracy, {name} (chance {1 / heldout['answers'][name]:.1%})", f"{share:.1%}"))
+    return "\n".join(["| | `clip-7m` |", "|---|---:|", *(f"| {left} | {right} |" for left, right in rows)])
+
+
+def write_table() -> None:
+    """Fill the marked place of the README from the account."""
+    found = json.loads((OUTPUT / "training.json").read_text(encoding="utf-8"))
+    fill("clip", table(found), OUTPUT / "README.md")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--run", type=Path, required=True, help="folder for the checkpoint and the log")
-    parser.add_argument("--steps", type=int, required=True, help="planned; may change before the last part")
+    parser.add_argument("--run", type=Path, help="folder for the checkpoint and the log")
+    parser.add_argument("--steps", type=int, help="planned; may change before the last part")
     parser.add_argument("--hours", type=float, default=math.inf, help="stop then, to go on when started again")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--export", action="store_true", help=f"write {OUTPUT.name} from a run that is done")
+    parser.add_argument("--note", help="what the account should say about the training beside its numbers")
+    parser.add_argument("--tables", action="store_true", help="only write the table of the README")
     args = parser.parse_args()
+    if args.tables:
+        write_table()
+        return
     torch.set_num_threads(args.threads)
-    file = Path(os.environ["PGSVD_DATA"]) / "images" / "cifar10_train.parquet"
-    pictures, labels = read_pictures(file)
+    pictures, labels = read_pictures(Path(os.environ["PGSVD_DATA"]) / "images" / "cifar10_train.parquet")
+    if args.export:
+        print(json.dumps(export(args.run, OUTPUT, pictures, labels, args.note), indent=1))
+        write_table()
+        return
     if not (args.run / "processor").exists():  # two of the same captions differ in the numbers of their tokens
         make_processor(make_tokenizer(sample_captions(20_000))).save_pretrained(args.run / "processor")
-    tokenizer = AutoProcessor.from_pretrained(args.run / "processor").tokenizer
+    tokenizer = AutoProcessor.from_pretrained(args.run / "processor", backend="pil").tokenizer
     plan = Plan(args.steps, compile=not args.no_compile)
     run = train(pictures, labels, tokenizer, args.run, plan, hours=args.hours)
     done = {"step": run.step, "of": plan.steps, "seconds": round(run.seconds), **asdict(plan), "threads": args.threads}

@@ -1,6 +1,6 @@
-"""Zero-shot classification with a CLIP on held-out pictures: six sets, each a question with its possible answers.
+"""Zero-shot classification with a CLIP: a question for each set of pictures, with its possible answers.
 
-A question is asked in several wordings; their embeddings are averaged, as CLIP's authors do.
+An answer is put in several wordings, whose embeddings are averaged, as CLIP's authors do.
 """
 
 from __future__ import annotations
@@ -15,19 +15,34 @@ from captions import CLASSES, FAMILIES, PLACES, alter, draw_content, prompts, un
 from torch import Tensor
 
 
+# For sets whose classes have names and nothing more.
+TEMPLATES = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a picture of a {}.",
+    "a good photo of a {}.",
+    "a close-up of a {}.",
+)
+
+
 @dataclass(frozen=True)
 class Question:
     """Pictures, what may be said of them, and what is right.
 
     Args:
-        pictures: `(N, 3, 32, 32)`, uint8.
-        answers: what each possible answer mentions.
+        pictures: `(N, 3, H, W)`, uint8, or a sequence of PIL images.
+        answers: of each possible answer its wordings.
         right: place of the right answer of each picture, `(N,)`.
     """
 
-    pictures: Tensor
-    answers: Sequence[Mapping[str, int]]
+    pictures: Any
+    answers: Sequence[Sequence[str]]
     right: Tensor
+
+
+def answers(mentioned: Sequence[Mapping[str, int]]) -> list[list[str]]:
+    """The wordings of answers that mention just this."""
+    return [prompts(each) for each in mentioned]
 
 
 def altered(pictures: Tensor, content: Tensor, seed: int) -> Tensor:
@@ -43,7 +58,7 @@ def about_family(name: str, pictures: Tensor, labels: Sequence[int], seed: int) 
     content[:, 0] = torch.tensor(labels)
     right = torch.arange(len(labels)) // len(CLASSES) % count
     content[:, PLACES[name]] = right
-    return Question(altered(pictures, content, seed), [{name: value} for value in range(count)], right)
+    return Question(altered(pictures, content, seed), answers([{name: value} for value in range(count)]), right)
 
 
 def unseen_pairs(pictures: Tensor, labels: Sequence[int], seed: int) -> Question:
@@ -52,13 +67,14 @@ def unseen_pairs(pictures: Tensor, labels: Sequence[int], seed: int) -> Question
     content = torch.zeros(len(labels), len(PLACES), dtype=torch.long)
     content[:, 0] = torch.tensor(labels)
     content[:, PLACES["tint"]] = torch.tensor([unseen_tint(label) for label in labels])
-    answers = [{"class": label, "tint": tint} for label in range(len(CLASSES)) for tint in range(1, tints + 1)]
-    return Question(altered(pictures, content, seed), answers, content[:, 0] * tints + content[:, PLACES["tint"]] - 1)
+    said = [{"class": label, "tint": tint} for label in range(len(CLASSES)) for tint in range(1, tints + 1)]
+    right = content[:, 0] * tints + content[:, PLACES["tint"]] - 1
+    return Question(altered(pictures, content, seed), answers(said), right)
 
 
 def questions(pictures: Tensor, labels: Sequence[int], seed: int = 0) -> dict[str, Question]:
-    """The six sets, of held-out pictures `(N, 3, 32, 32)` and their classes."""
-    classes = [{"class": label} for label in range(len(CLASSES))]
+    """The six sets of our own CLIP, of held-out pictures `(N, 3, 32, 32)` and their classes."""
+    classes = answers([{"class": label} for label in range(len(CLASSES))])
     right = torch.tensor(labels)
     content = draw_content(labels, random.Random(seed))
     return {
@@ -69,36 +85,51 @@ def questions(pictures: Tensor, labels: Sequence[int], seed: int = 0) -> dict[st
     }
 
 
+def named_classes(where: Mapping[str, str]) -> Question:
+    """A labelled set of the Hub (`dataset`, `split`, and its columns `image` and `label`)."""
+    from datasets import load_dataset
+
+    rows = load_dataset(where["dataset"], split=where["split"])
+    names = [name.replace("_", " ").lower() for name in rows.features[where["label"]].names]
+    wordings = [[template.format(name) for template in TEMPLATES] for name in names]
+    return Question(rows[where["image"]], wordings, torch.tensor(rows[where["label"]]))
+
+
 @torch.no_grad()
 def text_embeddings(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Unit vectors `(len(texts), d)`."""
-    given = tokenizer(list(texts), padding=True, return_tensors="pt")
+    given = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(model.device)
     return torch.nn.functional.normalize(model.get_text_features(**given).pooler_output.float(), dim=-1)
 
 
-def answer_embeddings(model: Any, tokenizer: Any, answers: Sequence[Mapping[str, int]]) -> Tensor:
+def answer_embeddings(model: Any, tokenizer: Any, wordings: Sequence[Sequence[str]]) -> Tensor:
     """The mean over the wordings of each answer, again unit vectors `(answers, d)`."""
-    wordings = [prompts(answer) for answer in answers]
-    found = text_embeddings(model, tokenizer, [text for each in wordings for text in each])
-    return torch.nn.functional.normalize(found.view(len(answers), -1, found.shape[-1]).mean(1), dim=-1)
+    means = [text_embeddings(model, tokenizer, texts).mean(0) for texts in wordings]
+    return torch.nn.functional.normalize(torch.stack(means), dim=-1)
 
 
-def pixel_values(image_processor: Any, pictures: Tensor) -> Tensor:
-    """What the model reads of pictures `(N, 3, H, W)`, uint8."""
+def pixel_values(image_processor: Any, pictures: Any, batch_size: int = 500) -> Tensor:
+    """What the model reads of pictures `(N, 3, H, W)`, uint8, or of PIL images."""
     from PIL import Image
 
-    images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
-    return image_processor(images=images, return_tensors="pt")["pixel_values"]
+    found = []
+    for start in range(0, len(pictures), batch_size):
+        few = pictures[start : start + batch_size]
+        if isinstance(few, Tensor):
+            few = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in few]
+        found.append(image_processor(images=list(few), return_tensors="pt")["pixel_values"])
+    return torch.cat(found)
 
 
 @torch.no_grad()
 def image_embeddings(model: Any, pixels: Tensor, batch_size: int = 250) -> Tensor:
     """Unit vectors `(N, d)`."""
-    found = [model.get_image_features(pixel_values=batch).pooler_output.float() for batch in pixels.split(batch_size)]
+    batches = (batch.to(model.device, model.dtype) for batch in pixels.split(batch_size))
+    found = [model.get_image_features(pixel_values=batch).pooler_output.float() for batch in batches]
     return torch.nn.functional.normalize(torch.cat(found), dim=-1)
 
 
 def accuracy(model: Any, tokenizer: Any, question: Question, pixels: Tensor) -> float:
     """Share of pictures, given as the model reads them, that are nearest to their right answer."""
     likeness = image_embeddings(model, pixels) @ answer_embeddings(model, tokenizer, question.answers).T
-    return (likeness.argmax(-1) == question.right).float().mean().item()
+    return (likeness.argmax(-1).cpu() == question.right).float().mean().item()
