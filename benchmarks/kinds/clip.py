@@ -3,7 +3,10 @@
 Calibration sets are pictures and captions of the training part, chosen by the seed; the loss is on others of them, so
 that a method may be chosen by it without a look at what is measured on.
 
+Models are compressed in float32 and measured in bfloat16.
+
 Options of a grid:
+    pictures: of each set of ours, of the 5000 that were held out.
     pairs: pictures and captions to calibrate on.
     vision: of the vision tower its reduction over that of the whole, the text tower getting what is left of the
         budget: one ε a tower. By default one budget for both.
@@ -51,11 +54,11 @@ def load(spec: Mapping[str, Any], options: Mapping[str, Any]) -> Clip:
     model = CLIPModel.from_pretrained(path, dtype="float32").eval()
     # Its processor that needs no torchvision, so that everyone measures the same pixels.
     processor = AutoProcessor.from_pretrained(path, backend="pil")
-    asked, pairs = ours(spec, processor) if "pictures" in spec else of_the_hub(spec, processor)
+    asked, pairs = ours(spec, processor, options["pictures"]) if "pictures" in spec else of_the_hub(spec, processor)
     return Clip(model, processor, asked, pairs)
 
 
-def ours(spec: Mapping[str, Any], processor: Any) -> tuple[dict, Any]:
+def ours(spec: Mapping[str, Any], processor: Any, count: int) -> tuple[dict, Any]:
     """The six sets of the pictures that our CLIP was not trained on, and pairs of those it was trained on."""
     from captions import read_pictures
     from train_clip import HELD_OUT, Plan, batch
@@ -63,7 +66,7 @@ def ours(spec: Mapping[str, Any], processor: Any) -> tuple[dict, Any]:
 
     pictures, labels = read_pictures(located(spec["pictures"]))
     known = len(labels) - min(HELD_OUT, len(labels) // 10)
-    asked = questions(pictures[known:], labels[known:])
+    asked = questions(pictures[known : known + count], labels[known : known + count])
 
     def pairs(count: int, seed: int) -> list[dict[str, Any]]:
         plan = Plan(1, batch_size=BATCH, seed=seed)
@@ -108,21 +111,24 @@ def of_the_hub(spec: Mapping[str, Any], processor: Any) -> tuple[dict, Any]:
 
 
 def measure(case: Clip, cell: Cell) -> dict[str, Any]:
+    import torch
     from zero_shot import accuracy
 
     drawn = case.pairs(cell.options["pairs"] + LOSS_PAIRS, cell.seed)
     batches = [{key: each[key] for key in ("pixel_values", "input_ids")} for each in drawn]
     data = {"dataset": batches[: cell.options["pairs"] // BATCH], "num_samples": cell.options["pairs"]}
     model, values = compressed(case.model, with_towers(cell, case.model), data)
-    found = {
-        name: accuracy(model, case.processor.tokenizer, question, pixels)
-        for name, (question, pixels) in case.sets.items()
-    }
+    with torch.autocast(model.device.type, torch.bfloat16):
+        found = {
+            name: accuracy(model, case.processor.tokenizer, question, pixels)
+            for name, (question, pixels) in case.sets.items()
+        }
+        loss = mean_loss(model, drawn[cell.options["pairs"] // BATCH :])
     return {
         **values,
         "accuracy": found,
         "mean_accuracy": sum(found.values()) / len(found),
-        "loss": mean_loss(model, drawn[cell.options["pairs"] // BATCH :]),
+        "loss": loss,
         "towers": towers(model) if values else {},
     }
 
