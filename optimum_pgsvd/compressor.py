@@ -29,9 +29,10 @@ from .factoring import (
     undone_on_error,
 )
 from .measurements import Measurements, measurements_of, profiles_at_hand
-from .planning import check_request, plan_ranks
-from .replace import mark_compressed
-from .report import CompressionReport, ModelSize
+from .modeling_pgsvd import put_experts_back
+from .planning import check_request, plan_ranks, refuse_elastic_experts
+from .replace import experts_apart, mark_compressed
+from .report import CompressionReport, LayerReport, ModelSize
 from .saving import attach_artifacts
 from .streaming import (
     ACTIVATION_MEMORY,
@@ -41,7 +42,7 @@ from .streaming import (
     measure_checkpoint,
 )
 from .structures import SVDProfile
-from .targets import find_blocks, find_targets
+from .targets import Targets, find_blocks, find_targets
 
 
 class PGSVDCompressor(OptimumQuantizer):
@@ -84,6 +85,7 @@ class PGSVDCompressor(OptimumQuantizer):
             PGSVDError: as `plan`, or the checkpoint cannot be read.
         """
         streamed = self._streamed(source, **options)
+        streamed.take_experts_apart()
         with StreamedWeights(streamed, find_blocks(streamed.model)) as weights:
             return planned(streamed.model, self.config, weights)
 
@@ -109,7 +111,20 @@ class PGSVDCompressor(OptimumQuantizer):
         clock = Clock()
         before = ModelSize.of(model)
         refuse_absent_weights(model)
-        targets = find_targets(model, self.config)
+        with experts_apart(model) as fused:
+            targets = find_targets(model, self.config)
+            put_experts_back(model, fused, targets.names)
+            refuse_elastic_experts(model, self.config)
+            job, layers, notes = self._factored(model, targets, tokenizer, undo, clock)
+        mark_compressed(model, self.config)
+        report = report_on(job, layers, notes, before, model)
+        attach_artifacts(model, report, tokenizer or self.config.tokenizer, job.elastic)
+        return report
+
+    def _factored(
+        self, model: PreTrainedModel, targets: Targets, tokenizer: Any, undo: bool, clock: Clock
+    ) -> tuple[Job, list[LayerReport], list[str]]:
+        """The job of compressing a model, done, with what came of it."""
         check_request(model, targets, self.config)
         with clock("data"):
             calibration = calibration_of(model, targets, self.config, tokenizer)
@@ -131,11 +146,7 @@ class PGSVDCompressor(OptimumQuantizer):
             curvature=curvature if self.config.objective == "loss" else {},
         )  # fmt: skip
         with undone_on_error(model, targets, undo):
-            layers, notes = factor(job)
-        mark_compressed(model, self.config)
-        report = report_on(job, layers, notes, before, model)
-        attach_artifacts(model, report, tokenizer or self.config.tokenizer, elastic)
-        return report
+            return job, *factor(job)
 
     def compress_checkpoint(
         self,
@@ -292,9 +303,10 @@ def model_class(name: str | os.PathLike, **options: Any) -> Any:
 
 def planned(model: PreTrainedModel, config: PGSVDConfig, weights: Weights | None = None) -> CompressionReport:
     """The plan for a model, from measurements where the config names them, else from its weights."""
-    targets = find_targets(model, config)
-    measurements = measurements_of(targets, config)
-    by_loss = ALLOCATIONS.trait(config.allocation, "needs_curvature")
-    profiles = measurements.profiles(targets) if measurements and not by_loss else None
-    plan = plan_ranks(model, targets, config, weights, profiles)
-    return CompressionReport.of_plan(plan, targets, model, config.to_dict())
+    with experts_apart(model):
+        targets = find_targets(model, config)
+        measurements = measurements_of(targets, config)
+        by_loss = ALLOCATIONS.trait(config.allocation, "needs_curvature")
+        profiles = measurements.profiles(targets) if measurements and not by_loss else None
+        plan = plan_ranks(model, targets, config, weights, profiles)
+        return CompressionReport.of_plan(plan, targets, model, config.to_dict())

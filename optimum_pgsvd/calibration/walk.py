@@ -23,6 +23,7 @@ from .forward import evaluating, forward, kind
 from .gram import GramRecorder, InputObserver, InputSurvey
 from .modes import Modes
 from .padding import PaddingMask, reads_tokens
+from .routing import Routing
 
 
 class Weights(Protocol):
@@ -318,12 +319,13 @@ class BlockWalk(AbstractContextManager):
         replaced: dict[str, nn.Module] = {}
 
         def run(block: str, one: Pass, recorder: AnchoredRecorder | None, last: bool) -> None:
-            with self._instead(replaced):
-                self._look_at_dense(block, one, twins[one.number], recorder, outside if last else None, last)
-            if recorder is not None:
-                recorder.pairing = "compressed"
-                with recorder:
-                    self._observe(block, twins[one.number], recorder)
+            with Routing(self.modules[block]) as routing:
+                with self._instead(replaced):
+                    self._look_at_dense(block, one, twins[one.number], recorder, outside if last else None, last)
+                if recorder is not None:
+                    recorder.pairing, routing.repeats = "compressed", True
+                    with recorder:
+                        self._observe(block, twins[one.number], recorder)
 
         self._start(compressed)
         for step in self._through_blocks(dense, recorders_of, run, outside):
