@@ -32,7 +32,7 @@ from .measurements import Measurements, measurements_of
 from .modeling_pgsvd import put_experts_back
 from .planning import check_budgets, check_request, plan_ranks, refuse_elastic_experts
 from .replace import experts_apart, mark_compressed
-from .report import CompressionReport, LayerReport, ModelSize
+from .report import CompressionReport, ModelSize
 from .saving import attach_artifacts
 from .streaming import (
     ACTIVATION_MEMORY,
@@ -107,23 +107,17 @@ class PGSVDCompressor(OptimumQuantizer):
         Raises:
             PGSVDError: see `optimum_pgsvd.errors`.
         """
-        clock = Clock()
-        before = ModelSize.of(model)
         refuse_absent_weights(model)
         with experts_apart(model) as fused:
             targets = find_targets(model, self.config)
             put_experts_back(model, fused, targets.names)
             refuse_elastic_experts(model, self.config)
-            job, layers, notes = self._factored(model, targets, tokenizer, undo, clock)
-        mark_compressed(model, self.config)
-        report = report_on(job, layers, notes, before, model)
-        attach_artifacts(model, report, tokenizer or self.config.tokenizer, job.elastic)
-        return report
+            return self._compress(model, targets, tokenizer, undo)
 
-    def _factored(
-        self, model: PreTrainedModel, targets: Targets, tokenizer: Any, undo: bool, clock: Clock
-    ) -> tuple[Job, list[LayerReport], list[str]]:
-        """The job of compressing a model, done, with what came of it."""
+    def _compress(self, model: PreTrainedModel, targets: Targets, tokenizer: Any, undo: bool) -> CompressionReport:
+        """See `compress`."""
+        clock = Clock()
+        before = ModelSize.of(model)
         check_request(model, targets, self.config)
         with clock("data"):
             calibration = calibration_of(model, targets, self.config, tokenizer)
@@ -141,7 +135,11 @@ class PGSVDCompressor(OptimumQuantizer):
             curvature=curvature if self.config.objective == "loss" else {},
         )  # fmt: skip
         with undone_on_error(model, targets, undo):
-            return job, *factor(job)
+            layers, notes = factor(job)
+        mark_compressed(model, self.config)
+        report = report_on(job, layers, notes, before, model)
+        attach_artifacts(model, report, tokenizer or self.config.tokenizer, elastic)
+        return report
 
     def compress_checkpoint(
         self,
