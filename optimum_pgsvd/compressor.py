@@ -10,27 +10,28 @@ from optimum.quantization_base import OptimumQuantizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .allocation import ALLOCATIONS
 from .calibration import Weights
 from .checkpoint import new_folder
 from .config import PGSVDConfig
 from .elastic import Elastic
 from .errors import ConfigError
 from .factoring import (
+    Calibration,
     Clock,
     InPlace,
     Job,
     calibration_of,
     curvature_of,
     factor,
-    loss_profiles,
+    planning_profiles,
     refuse_absent_weights,
     report_on,
     undone_on_error,
 )
-from .measurements import Measurements, measurements_of, profiles_at_hand
-from .planning import check_request, plan_ranks
-from .replace import mark_compressed
+from .measurements import Measurements, measurements_of
+from .modeling_pgsvd import put_experts_back
+from .planning import check_budgets, check_request, plan_ranks, refuse_elastic_experts
+from .replace import experts_apart, mark_compressed
 from .report import CompressionReport, ModelSize
 from .saving import attach_artifacts
 from .streaming import (
@@ -40,8 +41,7 @@ from .streaming import (
     compress_checkpoint,
     measure_checkpoint,
 )
-from .structures import SVDProfile
-from .targets import find_blocks, find_targets
+from .targets import Targets, find_blocks, find_targets
 
 
 class PGSVDCompressor(OptimumQuantizer):
@@ -84,6 +84,7 @@ class PGSVDCompressor(OptimumQuantizer):
             PGSVDError: as `plan`, or the checkpoint cannot be read.
         """
         streamed = self._streamed(source, **options)
+        streamed.take_experts_apart()
         with StreamedWeights(streamed, find_blocks(streamed.model)) as weights:
             return planned(streamed.model, self.config, weights)
 
@@ -106,10 +107,17 @@ class PGSVDCompressor(OptimumQuantizer):
         Raises:
             PGSVDError: see `optimum_pgsvd.errors`.
         """
+        refuse_absent_weights(model)
+        with experts_apart(model) as fused:
+            targets = find_targets(model, self.config)
+            put_experts_back(model, fused, targets.names)
+            refuse_elastic_experts(model, self.config)
+            return self._compress(model, targets, tokenizer, undo)
+
+    def _compress(self, model: PreTrainedModel, targets: Targets, tokenizer: Any, undo: bool) -> CompressionReport:
+        """See `compress`."""
         clock = Clock()
         before = ModelSize.of(model)
-        refuse_absent_weights(model)
-        targets = find_targets(model, self.config)
         check_request(model, targets, self.config)
         with clock("data"):
             calibration = calibration_of(model, targets, self.config, tokenizer)
@@ -118,13 +126,9 @@ class PGSVDCompressor(OptimumQuantizer):
             with clock("gradients"):
                 curvature = curvature_of(model, targets, self.config, calibration)
         with clock("plan"):
-            profiles: dict[str, SVDProfile] | None
-            if ALLOCATIONS.trait(self.config.allocation, "needs_curvature"):
-                profiles = loss_profiles(model, targets, self.config, calibration, curvature)
-            else:
-                profiles = profiles_at_hand(model, targets, self.config, calibration.measurements)
-            plan = plan_ranks(model, targets, self.config, profiles=profiles)
-        elastic = Elastic(profiles) if self.config.elastic and profiles else None
+            profiles = planning_profiles(model, targets, self.config, calibration, curvature=curvature)
+            plan = plan_ranks(targets, self.config, profiles)
+        elastic = Elastic(profiles) if self.config.elastic else None
         job = Job(
             model, targets, plan, calibration.batches, self.config, clock, InPlace(),
             measurements=calibration.measurements, elastic=elastic,
@@ -292,9 +296,10 @@ def model_class(name: str | os.PathLike, **options: Any) -> Any:
 
 def planned(model: PreTrainedModel, config: PGSVDConfig, weights: Weights | None = None) -> CompressionReport:
     """The plan for a model, from measurements where the config names them, else from its weights."""
-    targets = find_targets(model, config)
-    measurements = measurements_of(targets, config)
-    by_loss = ALLOCATIONS.trait(config.allocation, "needs_curvature")
-    profiles = measurements.profiles(targets) if measurements and not by_loss else None
-    plan = plan_ranks(model, targets, config, weights, profiles)
-    return CompressionReport.of_plan(plan, targets, model, config.to_dict())
+    with experts_apart(model):
+        targets = find_targets(model, config)
+        check_budgets(targets, config)
+        at_hand = Calibration([], measurements_of(targets, config))
+        profiles = planning_profiles(model, targets, config, at_hand, weights)
+        plan = plan_ranks(targets, config, profiles)
+        return CompressionReport.of_plan(plan, targets, model, config.to_dict())

@@ -4,7 +4,8 @@ from .anchored import AnchoredRecorder
 from .curvature import measure_curvature
 from .data import calibration_fingerprint, load_calibration_set
 from .gram import GramRecorder, InputSurvey, measured_by_outputs
-from .walk import BlockWalk, InMemory, Replay, Step, Weights
+from .passes import Replay, Step
+from .walk import BlockWalk, InMemory, Weights
 
 
 __all__ = [

@@ -3,8 +3,9 @@
 from .blocks import factor, report_on
 from .job import Clock, InPlace, Job, Measuring, everything, undone_on_error
 from .measuring import measured, profiles_of
+from .profiles import loss_profiles, output_profiles, planning_profiles
 from .request import Calibration, calibration_of, refuse_absent_weights
-from .sensitivity import curvature_of, loss_profiles, refuse_without_gradients
+from .sensitivity import curvature_of, refuse_without_gradients
 
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "factor",
     "loss_profiles",
     "measured",
+    "output_profiles",
+    "planning_profiles",
     "profiles_of",
     "refuse_absent_weights",
     "refuse_without_gradients",

@@ -69,10 +69,14 @@ class Destination(Surroundings, Protocol):
 
 
 class InPlace:
-    """The model in memory takes the factors."""
+    """The model in memory takes the factors.
 
-    def __init__(self) -> None:
-        self.weights: Weights = InMemory()
+    Args:
+        weights: where its weights come from, if they are not all in memory and are only to be read.
+    """
+
+    def __init__(self, weights: Weights | None = None) -> None:
+        self.weights = weights or InMemory()
 
     def is_finished(self, block: str | None) -> bool:
         """Nothing was done before."""

@@ -19,7 +19,7 @@ from .relative_error import (
     relative_output_error,
     relative_weight_error,
 )
-from .spectra import relative_tails, singular_values, symmetric_eigen
+from .spectra import output_spectrum, relative_tails, singular_values, symmetric_eigen
 from .svd import balanced, truncated_svd
 from .weighted import weighted_projection, weighted_spectrum
 
@@ -35,6 +35,7 @@ __all__ = [
     "corrected_bias",
     "mirror_upper",
     "output_projection",
+    "output_spectrum",
     "pivoted",
     "pseudo_inverse",
     "projection_of_outputs",
