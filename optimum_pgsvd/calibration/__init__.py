@@ -3,6 +3,7 @@
 from .anchored import AnchoredRecorder
 from .curvature import measure_curvature
 from .data import calibration_fingerprint, load_calibration_set
+from .gradients import measure_gradient_energies
 from .gram import GramRecorder, InputSurvey, measured_by_outputs
 from .passes import Replay, Step
 from .walk import BlockWalk, InMemory, Weights
@@ -20,5 +21,6 @@ __all__ = [
     "Weights",
     "load_calibration_set",
     "measure_curvature",
+    "measure_gradient_energies",
     "measured_by_outputs",
 ]

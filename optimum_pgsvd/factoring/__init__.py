@@ -5,7 +5,7 @@ from .job import Clock, InPlace, Job, Measuring, everything, undone_on_error
 from .measuring import measured, profiles_of
 from .profiles import loss_profiles, output_profiles, planning_profiles
 from .request import Calibration, calibration_of, refuse_absent_weights
-from .sensitivity import curvature_of, refuse_without_gradients
+from .sensitivity import curvature_of, gradient_energies_of, refuse_without_gradients
 
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "curvature_of",
     "everything",
     "factor",
+    "gradient_energies_of",
     "loss_profiles",
     "measured",
     "output_profiles",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..calibration import GramRecorder
@@ -34,7 +35,12 @@ def factor_layer(job: Job, layer: LayerReport, recorder: Recorder | None) -> tup
     corrected = layer.name in job.corrected
     moments = recorder.moments(layer.name, corrected) if recorder else None
     goal = recorder.goal(layer.name, weight, corrected) if recorder else weight
-    solved = solve(goal, moments, job.curvature.get(layer.name), rank_to_solve(layer), config)
+    refuse_too_few_tokens(layer, recorder, config.solver)
+    try:
+        solved = solve(goal, moments, job.gradients.get(layer.name), rank_to_solve(layer), config)
+    except torch.linalg.LinAlgError as error:
+        assert recorder is not None
+        raise singular(layer, recorder.tokens[layer.name], config.solver) from error
     factors = stored(solved, moments, config.storage, weight.dtype)
     constant, means = (0.0, 0.0), None if moments is None else moments.means
     if corrected:
@@ -55,15 +61,34 @@ def rank_to_solve(layer: LayerReport) -> int:
 
 
 def solve(
-    goal: Tensor, moments: Moments | None, curvature: Tensor | None, rank: int, config: PGSVDConfig
+    goal: Tensor, moments: Moments | None, gradients: Tensor | None, rank: int, config: PGSVDConfig
 ) -> LowRankFactors:
     """The factors of one layer, by the config's solver and objective."""
-    if moments is not None and curvature is not None:
-        return eigh_of_loss(goal, moments, curvature, rank)
+    if moments is not None and gradients is not None and config.objective == "loss":
+        return eigh_of_loss(goal, moments, gradients, rank)
     if moments is not None and moments.outputs is not None:
         return eigh_of_outputs(goal, moments.outputs, moments.energies, rank)
-    gram = None if moments is None else moments.gram
-    return SOLVERS[config.solver](goal, gram, rank, config.num_iterations)  # type: ignore[arg-type]
+    known = {"gradients": gradients}
+    if moments is not None:
+        known |= {"gram": moments.gram, "magnitudes": moments.magnitudes}
+    needed = known.get(SOLVERS.trait(config.solver, "needs"))
+    return SOLVERS[config.solver](goal, needed, rank, config.num_iterations)  # type: ignore[arg-type]
+
+
+def refuse_too_few_tokens(layer: LayerReport, recorder: Recorder | None, solver: str) -> None:
+    """Raise `CalibrationError` where a Gram matrix is to be inverted that cannot have an inverse."""
+    if SOLVERS.trait(solver, "inverts") and recorder and recorder.tokens[layer.name] < layer.shape[1]:
+        raise singular(layer, recorder.tokens[layer.name], solver)
+
+
+def singular(layer: LayerReport, tokens: int, solver: str) -> CalibrationError:
+    """The error for a layer whose Gram matrix is to be inverted and is singular."""
+    return CalibrationError(
+        f"solver={solver!r} inverts the Gram matrix of the inputs of {layer.name}, which is singular: it saw {tokens} "
+        f"calibration tokens and has {layer.shape[1]} input features, some of which are always zero or follow from "
+        "others; give more data (num_samples, sequence_length), or use solver='eigh', which finds the same factors "
+        "without an inverse"
+    )
 
 
 def dense_bias(job: Job, name: str) -> Tensor:
