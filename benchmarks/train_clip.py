@@ -20,6 +20,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -32,13 +33,17 @@ import torch
 import transformers
 from captions import LENGTH, alter, draw_content, draw_mentioned, read_pictures, sample_captions, true_of, write
 from cells import fill
-from reference.train import Run, load_weights, make_optimizer, order, read_log, resume, save
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, pad
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPTokenizer
 
 
-OUTPUT = Path(__file__).parent / "reference" / "clip-7m"
+HERE = Path(__file__).parent
+sys.path.append(str(HERE / "reference"))
+from train import Run, load_weights, make_optimizer, order, read_log, resume, save  # noqa: E402
+
+
+OUTPUT = HERE / "reference" / "clip-7m"
 # The last pictures of the file are for measuring: nothing is trained or calibrated on them.
 HELD_OUT = 5000
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
