@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from kinds import KINDS
 from perplexity import ROOT, environment
 
 
@@ -103,6 +104,8 @@ def expand(grid: str, spec: Mapping[str, Any]) -> Iterator[Cell]:
     """The cells of a grid; that of a dense model once, first."""
     if missing := {"kind", "models"} - set(spec):
         raise ValueError(f"{grid}: a grid needs {' and '.join(sorted(missing))}")
+    if spec["kind"] not in KINDS:
+        raise ValueError(f"{grid}: kind {spec['kind']!r} is not known; known are {', '.join(KINDS)}")
     every, there = methods(), models()
     options = {key: value for key, value in spec.items() if key not in {"kind", "paper", *AXES}}
     axes = (spec["models"], spec.get("methods", [DENSE]), spec.get("reductions", [0.0]), spec.get("seeds", [0]))

@@ -18,11 +18,13 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from grid import RESULTS, Cell, Unavailable, chosen, models, names, read_grid, result_of, write_result
+import grid
+from grid import RESULTS, Cell, Unavailable, chosen, names, read_grid, result_of, write_result
 from kinds import kind_of
 
 
@@ -41,17 +43,20 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--calibration", type=Path, help="a .jsonl file to calibrate it on")
     parser.add_argument("--evaluation", type=Path, help="a .jsonl file to measure it on")
+    parser.add_argument("--tasks", nargs="+", help="other tasks of accuracy; needs --result")
     args = parser.parse_args(given)
     if not args.names and not (args.list or args.tables):
         parser.error(f"name what to measure: {', '.join(names())}")
-    if args.model and args.result == RESULTS:
-        parser.error("--model needs --result FOLDER: results of another model are not those of the cells")
+    if args.result == RESULTS:
+        for field in ("model", "tasks"):
+            if getattr(args, field):
+                parser.error(f"--{field} needs --result FOLDER: what it gives is no result of the cells")
     return args
 
 
 def spec_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What is known of a model, with what the user gave in its place."""
-    spec = models()[name]
+    spec = grid.models()[name]
     if args.model:
         spec["path"] = args.model
     for part in ("calibration", "evaluation"):
@@ -76,6 +81,8 @@ def missing(name: str, args: argparse.Namespace) -> list[Cell]:
     wanted = chosen(
         read_grid(name), model=args.model_names, method=args.methods, reduction=args.reductions, seed=args.seeds
     )
+    if args.tasks:
+        wanted = [replace(cell, options={**cell.options, "tasks": args.tasks}) for cell in wanted]
     return [cell for cell in wanted if result_of(cell, args.result) is None]
 
 
