@@ -49,7 +49,7 @@ def means(results: Iterable[Result], method: str, value: Callable[[Result], floa
     """By model and reduction the mean of a method over its seeds."""
     found: dict[tuple[str, float], list[float]] = {}
     for result in results:
-        if result["method"] == method:
+        if result["method"] == method and "failed" not in result:
             found.setdefault((result["model"], result["reduction"]), []).append(value(result))
     return {case: statistics.mean(values) for case, values in found.items()}
 

@@ -44,15 +44,23 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def entry(results: Sequence[Result], value: Values, form: str) -> str:
+    """The mean of what was measured, and how often there was nothing to measure."""
+    values = [value(result) for result in results if "failed" not in result]
+    failed = len(results) - len(values)
+    note = f"fails ({failed} of {len(results)})" if failed else ""
+    return " ".join(filter(None, (mean_and_spread(values, form), note)))
+
+
 def by_reduction(results: Sequence[Result], value: Values, form: str = ".4g", only: Sequence[float] = ()) -> str:
     """A row a method, a column a reduction; means over the seeds."""
     reductions = only or sorted({result["reduction"] for result in results} - {0.0})
     dense = mean_and_spread([value(result) for result in of(results, method=DENSE)], form)
     rows = [["dense", *[dense] * len(reductions)]] if dense else []
     for method in distinct(results, "method"):
-        found = [[value(r) for r in of(results, method=method, reduction=part)] for part in reductions]
+        found = [of(results, method=method, reduction=part) for part in reductions]
         if method != DENSE and any(found):
-            rows.append([label(method), *(mean_and_spread(values, form) for values in found)])
+            rows.append([label(method), *(entry(each, value, form) for each in found)])
     return table(["", *(f"{part:.0%} removed" for part in reductions)], rows)
 
 
@@ -71,7 +79,7 @@ def perplexity(results: Sequence[Result]) -> str:
     parts = []
     for model in distinct(results, "model"):
         own = order(of(results, model=model))
-        tokens = distinct(own, "evaluation_tokens")[0]
+        tokens = next(result["evaluation_tokens"] for result in own if "failed" not in result)
         read = max(result.get("calibration_tokens", 0) for result in own)
         note = f"{tokens:,} evaluation tokens; calibrated on at most {read:,}."
         parts.append(f"### {models()[model]['label']}\n\n{by_reduction(own, perplexity_of)}\n\n{note}")

@@ -178,7 +178,10 @@ def write_result(cell: Cell, values: Mapping[str, Any], results: Path = RESULTS)
 
 
 def read_results(name: str, results: Path = RESULTS) -> list[dict[str, Any]]:
-    """Every result of a file of cells, in the order of the cells; of what it does not ask for any more, none."""
+    """Every result of a file of cells, in the order of the cells; of what it does not ask for any more, none.
+
+    That of a method that failed has its error as `failed`, and no numbers.
+    """
     found = (result_of(cell, results) for cell in read_grid(name))
     return [result for result in found if result is not None]
 

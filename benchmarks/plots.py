@@ -56,7 +56,7 @@ def perplexity(results: Sequence[Result]) -> Any:
         own = [result for result in results if result["model"] == model]
         dense = next(result["perplexity"] for result in own if result["method"] == DENSE)
         for method in SHOWN:
-            found = [result for result in own if result["method"] == method]
+            found = [result for result in own if result["method"] == method and "failed" not in result]
             x, y = mean_by(found, lambda r: 100 * r["reduction"], lambda r, dense=dense: r["perplexity"] / dense)
             plot.plot(x, y, marker=".", label=methods()[method]["label"])
         plot.set(title=model, xlabel="% of parameters removed", yscale="log")

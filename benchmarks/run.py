@@ -66,14 +66,21 @@ def spec_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(cells: Iterable[Cell], spec: Mapping[str, Any], results: Path) -> None:
-    """Measure cells of one kind, model and set of options."""
+    """Measure cells of one kind, model and set of options; of a method that fails, its error is the result."""
+    from optimum_pgsvd import CalibrationError
+
     case = None
     for cell in cells:
         kind = kind_of(cell.kind)
         case = case or kind.load(spec, cell.options)
         start = time.perf_counter()
-        path = write_result(cell, kind.measure(case, cell), results)
-        print(f"{path.relative_to(results)}  {time.perf_counter() - start:.1f} s", flush=True)
+        try:
+            values = kind.measure(case, cell)
+        except CalibrationError as error:  # as SVD-LLM on a singular Gram matrix: a result, and worth knowing
+            values = {"failed": str(error)}
+        path = write_result(cell, values, results)
+        outcome = "  failed" if "failed" in values else ""
+        print(f"{path.relative_to(results)}  {time.perf_counter() - start:.1f} s{outcome}", flush=True)
 
 
 def missing(name: str, args: argparse.Namespace) -> list[Cell]:

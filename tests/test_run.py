@@ -155,6 +155,23 @@ def test_what_is_measured_is_not_measured_again_until_something_else_is_asked_fo
     assert second["eigh", 0.2]["calibration_tokens"] == 4 * 16 != first["eigh", 0.2]["calibration_tokens"]
 
 
+def test_a_method_that_fails_is_a_result(toy, monkeypatch):
+    from documents import by_reduction
+
+    import optimum_pgsvd.factoring.layer as layer
+    from optimum_pgsvd import CalibrationError
+
+    def fails(*args, **kwargs):
+        raise CalibrationError("the Gram matrix is singular")
+
+    monkeypatch.setitem(layer.SOLVERS._functions, "eigh", fails)
+    found = run(toy, "--reductions", "0.2", "--methods", "eigh")
+    assert found["eigh", 0.2]["failed"] == "the Gram matrix is singular"
+    assert "perplexity" in found["dense", 0]
+    table = by_reduction(list(found.values()), lambda result: result["perplexity"])
+    assert table.endswith("| exact optimum, uniform ranks | fails (1 of 1) |")
+
+
 def test_only_what_is_named_is_measured(toy):
     assert set(run(toy, "--methods", "pgsvd", "--reductions", "0.4")) == {("dense", 0), ("pgsvd", 0.4)}
 
