@@ -46,6 +46,10 @@ from train import Run, load_weights, make_optimizer, order, read_log, resume, sa
 OUTPUT = HERE / "reference" / "clip-7m"
 # The last pictures of the file are for measuring: nothing is trained or calibrated on them.
 HELD_OUT = 5000
+# Stored size of a model, in bytes, as of the other reference models.
+SIZE_LIMIT = 16 * 2**20
+# Held-out pictures that a test can afford.
+FEW = 200
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -310,6 +314,8 @@ def export(
     processor.save_pretrained(output)
     result = account(model.float(), processor, plan, log, pictures, labels) | ({"note": note} if note else {})
     result["bytes"] = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    if result["bytes"] > SIZE_LIMIT:
+        raise SystemExit(f"{output} takes {result['bytes']} bytes, more than {SIZE_LIMIT}")
     (output / "training.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     shutil.copy(run / "log.jsonl", output / "log.jsonl")
     return result
@@ -347,8 +353,20 @@ def account(
             "pictures": HELD_OUT,
             "accuracy": {n: accuracy(model, processor.tokenizer, asked[n], pixels[n]) for n in asked},
             "answers": {name: len(each.answers) for name, each in asked.items()},
+            "first_pictures": FEW,
+            "accuracy_of_first_pictures": of_few(model, processor, pictures[known:], labels[known:]),
         },
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers, safetensors)},
+    }
+
+
+def of_few(model: CLIPModel, processor: Any, pictures: Tensor, labels: Sequence[int]) -> dict[str, float]:
+    """Accuracy on the six sets of the first pictures, as many as a test can afford."""
+    from zero_shot import accuracy, pixel_values, questions
+
+    return {
+        name: accuracy(model, processor.tokenizer, each, pixel_values(processor.image_processor, each.pictures))
+        for name, each in questions(pictures[:FEW], labels[:FEW]).items()
     }
 
 

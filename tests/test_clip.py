@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPConfig
+from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
 
 pytest.importorskip("PIL")
@@ -295,3 +296,55 @@ def test_shades_are_learned(pictures, tokenizer, tmp_path):
     assert log[-1]["loss"] < log[0]["loss"] - 0.3
     assert log[-1]["heldout"]["class"] >= 0.4  # of ten classes
     assert run.step == 150
+
+
+# The model
+
+
+@pytest.fixture
+def folder():
+    path = BENCHMARKS / "reference" / "clip-7m"
+    if not (path / "training.json").exists():
+        pytest.skip("benchmarks/reference/clip-7m is not there: train it with benchmarks/train_clip.py")
+    return path
+
+
+def test_the_reference_clip_is_a_stock_checkpoint_in_bfloat16(folder):
+    from train_clip import SIZE_LIMIT
+
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    model, info = CLIPModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    assert model.num_parameters() == record["parameters"]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) == record["bytes"] <= SIZE_LIMIT
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".jsonl", ".safetensors", ".md"}
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    given = processor(text=["a cat", "an upside-down dog"], padding=True, return_tensors="pt")
+    assert given["input_ids"].max() < model.config.text_config.vocab_size
+
+
+def test_the_table_of_its_readme_is_that_of_the_account(folder):
+    from train_clip import table
+
+    expected = table(json.loads((folder / "training.json").read_text(encoding="utf-8")))
+    assert f"\n{expected}\n" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_its_recorded_accuracy_is_reproduced(folder, data_dir):
+    from captions import read_pictures
+    from train_clip import FEW, HELD_OUT, of_few
+
+    file = data_dir / "images" / "cifar10_train.parquet"
+    if not file.exists():
+        pytest.skip(f"{file} is not there")
+    record = json.loads((folder / "training.json").read_text(encoding="utf-8"))["heldout"]
+    assert (record["pictures"], record["first_pictures"]) == (HELD_OUT, FEW)
+    pictures, labels = read_pictures(file)
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    found = of_few(model, processor, pictures[-HELD_OUT:], labels[-HELD_OUT:])
+    for name, share in record["accuracy_of_first_pictures"].items():
+        assert found[name] == pytest.approx(share, abs=2 / FEW)
+        assert share == pytest.approx(record["accuracy"][name], abs=0.12)
+    assert record["accuracy"]["class"] > 0.5
