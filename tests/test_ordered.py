@@ -55,6 +55,11 @@ def product_of(layer: Any) -> Tensor:
 
 
 @torch.no_grad()
+def product_of(layer: Any) -> Tensor:
+    return layer.left.weight.double() @ layer.right.weight.double()
+
+
+@torch.no_grad()
 def outputs(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model(**batch)[0]
 
@@ -110,9 +115,7 @@ def test_half_precision_to_the_rounding_of_the_factors(dtype: torch.dtype) -> No
         found = low_rank_layers(model)
         assert list(found) == list(expected)
         for name, layer in found.items():
-            product, other = (
-                each.left.weight.double() @ each.right.weight.double() for each in (layer, expected[name])
-            )
+            product, other = product_of(layer), product_of(expected[name])
             bound = 4 * torch.finfo(dtype).eps * float(other.norm()) / layer.rank**0.5
             assert float((product - other).norm()) < bound
 
