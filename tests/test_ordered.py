@@ -55,11 +55,6 @@ def product_of(layer: Any) -> Tensor:
 
 
 @torch.no_grad()
-def product_of(layer: Any) -> Tensor:
-    return layer.left.weight.double() @ layer.right.weight.double()
-
-
-@torch.no_grad()
 def outputs(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model(**batch)[0]
 
