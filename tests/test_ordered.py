@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import reference
 import torch
 from models import FAMILIES, Batch
 from torch import Tensor, nn
@@ -59,6 +60,15 @@ def outputs(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model(**batch)[0]
 
 
+def inputs_of(model: PreTrainedModel, name: str, batches: list[Batch]) -> list[Tensor]:
+    seen: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_hook(lambda module, args, result: seen.append(args[0].detach()))
+    for batch in batches:
+        outputs(model, batch)
+    hook.remove()
+    return seen
+
+
 def assert_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert list(found) == list(expected)
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
@@ -81,6 +91,30 @@ def test_a_cut_is_what_compressing_gives(name: str, solver: str) -> None:
             assert {n: layer.rank for n, layer in low_rank_layers(model).items()} == {
                 n: layer.rank for n, layer in low_rank_layers(expected).items()
             }
+
+
+@pytest.mark.parametrize("objective", ["outputs", "loss"])
+def test_what_is_left_of_the_outputs_is_what_compressing_reports(objective: str) -> None:
+    model, config = FAMILIES["llama"].build(), config_for("llama", objective=objective)
+    ordered = ordered_of(model, config)
+    for reduction in (0.1, 0.4):
+        request = request_at(config, parameter_reduction=reduction)
+        report = PGSVDCompressor(request).compress(copy.deepcopy(model))
+        for layer in report.layers:
+            if layer.rank is not None:
+                seen = ordered.activations[layer.name]
+                assert float(seen.errors[layer.rank]) == pytest.approx(layer.activation_error, abs=1e-6)
+                assert seen.tokens == layer.tokens
+
+
+def test_norms_of_inputs_and_outputs_are_those_of_a_plain_pass() -> None:
+    model, config = FAMILIES["gpt2"].build(), config_for("gpt2")
+    ordered = ordered_of(model, config)
+    for name, seen in ordered.activations.items():
+        inputs = [x.reshape(-1, x.shape[-1]).double() for x in inputs_of(model, name, config.dataset)]
+        weight = model.get_submodule(name).weight.detach().double()
+        assert seen.input_norm == pytest.approx(reference.norm(torch.cat(inputs)), rel=1e-5)
+        assert seen.output_norm == pytest.approx(reference.norm(torch.cat(inputs) @ weight), rel=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{"objective": "loss"}, {"allocation": "loss"}, {"storage": "pivoted"}])
@@ -171,7 +205,10 @@ def test_measurements_take_the_place_of_a_walk(dense, texts, tmp_path) -> None:
     for name, factors in walked.factors.items():
         assert torch.equal(factors.left, read.factors[name].left)
         assert torch.equal(factors.right, read.factors[name].right)
-    assert walked.tokens == read.tokens
+    for name, seen in walked.activations.items():
+        again = read.activations[name]
+        assert (seen.tokens, seen.input_norm, seen.output_norm) == (again.tokens, again.input_norm, again.output_norm)
+        assert torch.equal(seen.errors, again.errors)
     with pytest.raises(ConfigError, match="measures gradients, and the measurements that are the dataset hold none"):
         ordered_of(model, request_at(config, parameter_reduction=0.0, dataset=str(tmp_path / "stats")), ("loss",))
 

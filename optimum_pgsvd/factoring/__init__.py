@@ -3,12 +3,13 @@
 from .blocks import factor, report_on
 from .job import Clock, InPlace, Job, Measuring, everything, undone_on_error
 from .measuring import measured, profiles_of
-from .ordered import Ordered, cut, ordered_factors, plan_at, request_at
+from .ordered import Activations, Ordered, cut, ordered_factors, plan_at, request_at
 from .request import Calibration, calibration_of, refuse_absent_weights
 from .sensitivity import curvature_of, loss_profiles, refuse_without_gradients
 
 
 __all__ = [
+    "Activations",
     "Calibration",
     "Clock",
     "InPlace",

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..allocation import ALLOCATIONS
@@ -16,6 +17,7 @@ from ..calibration import Step
 from ..config import BUDGETS, PGSVDConfig
 from ..distributed import Peers
 from ..errors import ConfigError, DistributedError
+from ..linalg import output_errors_by_rank
 from ..modeling_pgsvd import set_submodule
 from ..planning import dense_weight, measure_profiles, plan_ranks
 from ..replace import replace_linear
@@ -30,6 +32,24 @@ from .sensitivity import curvature_of, loss_profile
 
 
 @dataclass(frozen=True, eq=False)
+class Activations:
+    """What the calibration set says of one layer and its factors, in numbers.
+
+    Args:
+        tokens: that the layer saw.
+        input_norm: `‖X‖_F`.
+        output_norm: `‖W Xᵀ‖_F`.
+        errors: `‖(W − left_r right_r) Xᵀ‖_F / ‖W Xᵀ‖_F` of the r leading components, for r = 0 … the rank of the
+            factors, float64; before the factors are rounded.
+    """
+
+    tokens: int
+    input_norm: float
+    output_norm: float
+    errors: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Ordered:
     """What it takes to plan and cut a calibrated model as often as one likes, without data or decompositions.
 
@@ -39,14 +59,14 @@ class Ordered:
             most important component first.
         profiles: of every target's weight, the paper's.
         loss_profiles: of every target as the loss sees it, where an allocation needs gradients.
-        tokens: that each of them saw; empty for a solver that uses no data.
+        activations: of every target with factors; empty for a solver that uses no data.
     """
 
     config: PGSVDConfig
     factors: Mapping[str, LowRankFactors]
     profiles: Mapping[str, SVDProfile]
     loss_profiles: Mapping[str, SVDProfile] = field(default_factory=dict)
-    tokens: Mapping[str, int] = field(default_factory=dict)
+    activations: Mapping[str, Activations] = field(default_factory=dict)
 
     def profiles_for(self, allocation: str) -> Mapping[str, SVDProfile]:
         """The profiles that an allocation chooses ranks by.
@@ -111,16 +131,18 @@ def ordered_factors(
     )  # fmt: skip
     factors: dict[str, LowRankFactors] = {}
     loss_profiles: dict[str, SVDProfile] = {}
-    tokens: dict[str, int] = {}
+    activations: dict[str, Activations] = {}
     for step in measured(job) if job.batches else read(job):
         with clock("factors"):
             for target in of_step(job, step):
-                factors |= leading_factors(job, target, step.recorder)
-                loss_profiles |= {target.name: loss_profile(job, step, curvature, target)} if by_loss else {}
-                tokens |= {target.name: step.recorder.tokens[target.name]} if step.recorder else {}
+                if by_loss:
+                    loss_profiles[target.name] = loss_profile(job, step, curvature, target)
+                if target.shape.largest_saving_rank:
+                    factors[target.name], seen = leading_factors(job, target, step.recorder)
+                    activations |= {target.name: seen} if seen else {}
         step.release()
-    ordered = {name: factors[name] for name in targets.names if name in factors}
-    return Ordered(config, ordered, profiles, loss_profiles, tokens)
+    held = {name: factors[name] for name in targets.names if name in factors}
+    return Ordered(config, held, profiles, loss_profiles, activations)
 
 
 def check_nested(config: PGSVDConfig) -> None:
@@ -160,17 +182,19 @@ def of_step(job: Job, step: Step) -> list[Target]:
     return [t for t in job.in_block(step.block) if step.recorder is None or t.name in step.recorder.tokens]
 
 
-def leading_factors(job: Job, target: Target, recorder: Recorder | None) -> dict[str, LowRankFactors]:
-    """The factors of one layer by its name, at the largest rank that saves parameters; none where none does."""
-    if not target.shape.largest_saving_rank:
-        return {}
+def leading_factors(job: Job, target: Target, recorder: Recorder | None) -> tuple[LowRankFactors, Activations | None]:
+    """The factors of one layer at the largest rank that saves parameters, and what is left of its outputs by rank."""
     weight = dense_weight(job.model, target.name)
     if recorder is not None:
         check_reached(recorder, [target.name])
     moments = recorder.moments(target.name) if recorder else None
     goal = recorder.goal(target.name, weight) if recorder else weight
     solved = solve(goal, moments, job.curvature.get(target.name), target.shape.largest_saving_rank, job.config)
-    return {target.name: solved.to(weight.dtype)}
+    if recorder is None or moments is None:
+        return solved.to(weight.dtype), None
+    errors, norm = output_errors_by_rank(weight, solved.left, solved.right, moments.measured)
+    energy = float(moments.energies.sum(dtype=torch.float64))
+    return solved.to(weight.dtype), Activations(recorder.tokens[target.name], energy**0.5, norm, errors.cpu())
 
 
 def request_at(config: PGSVDConfig, **changes: Any) -> PGSVDConfig:
