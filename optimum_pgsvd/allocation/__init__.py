@@ -6,7 +6,9 @@ the layers if it `needs_curvature`), the budget and the rank multiple, and retur
 
 from . import loss, pareto, uniform  # noqa: F401  (registers them)
 from .ladder import Ladder, smallest
+from .loss import hull_slopes
 from .registry import ALLOCATIONS, Allocator
+from .surrogate import least_surrogate
 
 
-__all__ = ["ALLOCATIONS", "Allocator", "Ladder", "smallest"]
+__all__ = ["ALLOCATIONS", "Allocator", "Ladder", "hull_slopes", "least_surrogate", "smallest"]
