@@ -12,7 +12,7 @@ from .registry import ALLOCATIONS
 MOST = 1 - 1e-12
 
 
-@ALLOCATIONS.register("loss", needs_profiles=True, needs_curvature=True, takes_tolerance=False)
+@ALLOCATIONS.register("loss", profile="loss", takes_tolerance=False)
 def loss(
     shapes: Mapping[str, LinearShape], profiles: Mapping[str, SVDProfile], budget: Budget, rank_multiple: int
 ) -> RankPlan:

@@ -20,7 +20,7 @@ from .relative_error import (
     relative_output_error,
     relative_weight_error,
 )
-from .spectra import relative_tails, singular_values, symmetric_eigen
+from .spectra import output_spectrum, relative_tails, singular_values, symmetric_eigen
 from .svd import balanced, truncated_svd
 from .weighted import weighted_projection, weighted_spectrum
 
@@ -38,6 +38,7 @@ __all__ = [
     "mirror_upper",
     "output_errors_by_rank",
     "output_projection",
+    "output_spectrum",
     "pivoted",
     "pseudo_inverse",
     "projection_of_outputs",
