@@ -7,7 +7,7 @@ from .gradients import Gradients, measure_gradients
 from .losses import loss_of, mean_loss
 from .profiles import Profiles, profile_model
 from .sensitivities import Sensitivities
-from .sweep import Point, Sweep, evaluation_set, sweep
+from .sweep import Point, Sweep, evaluation_set, sweep_model
 
 
 __all__ = [
@@ -27,5 +27,5 @@ __all__ = [
     "mean_loss",
     "measure_gradients",
     "profile_model",
-    "sweep",
+    "sweep_model",
 ]

@@ -14,9 +14,9 @@ from transformers.utils import logging
 
 from ..config import PGSVDConfig
 from ..errors import ConfigError
-from ..factoring import Clock, Ordered, calibration_of, ordered_factors, plan_at, request_at
+from ..factoring import Clock, Ordered, calibration_of, check_nested, ordered_factors, plan_at, request_at
 from ..linalg import inner_products_by_rank
-from ..planning import dense_weight
+from ..planning import check_budgets, dense_weight
 from ..structures import RankPlan
 from ..targets import find_targets
 from .gradients import Gradients, measure_gradients
@@ -220,6 +220,9 @@ def bound_model(
         raise ConfigError(f"the bound is about outputs, and solver={config.solver!r} sees none; use solver='eigh'")
     clock = Clock()
     targets = find_targets(model, config)
+    check_nested(config)
+    for reduction in reductions:
+        check_budgets(targets, request_at(config, parameter_reduction=reduction))
     with clock("data"):
         calibration = calibration_of(model, targets, config, tokenizer)
     if not calibration.batches:

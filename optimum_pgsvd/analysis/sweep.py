@@ -29,9 +29,10 @@ from ..factoring import (
     plan_at,
     request_at,
 )
+from ..planning import check_budgets
 from ..report import ModelSize
 from ..solvers import SOLVERS
-from ..structures import LayerPlan, RankPlan
+from ..structures import Budget, LayerPlan, RankPlan
 from ..targets import Targets, find_targets
 from .losses import Batch, mean_loss
 from .results import origin
@@ -106,7 +107,7 @@ class Sweep:
         }
 
 
-def sweep(
+def sweep_model(
     model: PreTrainedModel,
     config: PGSVDConfig,
     *,
@@ -146,6 +147,7 @@ def sweep(
         raise ConfigError("a sweep needs budgets: give reductions or tolerances")
     clock = Clock()
     targets = find_targets(model, config)
+    check_budgets_of(targets, config, allocations, reductions, tolerances)
     with clock("data"):
         calibration = calibration_of(model, targets, config, tokenizer)
     once = measured_once(model, targets, config, calibration, allocations, clock)
@@ -156,6 +158,27 @@ def sweep(
             loss = mean_loss(model, evaluation) if evaluation else None
         points.append(point_of(model, once, plan, name, asked, errors, loss))
     return Sweep(points[0], tuple(points[1:]), len(targets.found), clock.seconds, origin(model, config))
+
+
+def check_budgets_of(
+    targets: Targets,
+    config: PGSVDConfig,
+    allocations: Sequence[str],
+    reductions: Sequence[float],
+    tolerances: Sequence[float] = (),
+) -> None:
+    """Find what is wrong with the budgets of a sweep before any work is done.
+
+    Raises:
+        ConfigError: one of them cannot be met, or tolerances are given and no allocation goes by one.
+    """
+    if tolerances and not any(ALLOCATIONS.trait(name, "takes_tolerance") for name in allocations):
+        raise ConfigError(f"none of the allocations {', '.join(allocations)} takes a tolerance: add 'pareto'")
+    for tolerance in tolerances:
+        Budget(tolerance=tolerance)
+    for name in allocations:
+        for reduction in reductions or [0.0]:
+            check_budgets(targets, request_at(config, allocation=name, parameter_reduction=reduction))
 
 
 def measured_once(
@@ -178,15 +201,9 @@ def planned(
     reductions: Sequence[float],
     tolerances: Sequence[float],
 ) -> Iterator[tuple[str, dict[str, float], RankPlan]]:
-    """Every plan of a sweep, with its allocation and what was asked for.
-
-    Raises:
-        ConfigError: a budget cannot be met, or tolerances are given and no allocation goes by one.
-    """
+    """Every plan of a sweep, with its allocation and what was asked for."""
     asked: list[dict[str, float]] = [{"parameter_reduction": reduction} for reduction in reductions]
     leading = next((name for name in allocations if ALLOCATIONS.trait(name, "takes_tolerance")), None)
-    if tolerances and leading is None:
-        raise ConfigError(f"none of the allocations {', '.join(allocations)} takes a tolerance: add 'pareto'")
     for tolerance in tolerances:
         request = request_at(once.config, allocation=leading, tolerance=tolerance)
         reduction = plan_at(model, once, request).parameter_reduction

@@ -158,11 +158,11 @@ class SweepCommand(Command):
 
     def work(self, args: Any) -> None:
         """Sweep, and print the points."""
-        from ..analysis import plots, sweep
+        from ..analysis import plots, sweep_model
 
         result, config = Result(args, "sweep"), config_of(args, parameter_reduction=0.0)
         model = load_model(args)
-        found = sweep(
+        found = sweep_model(
             model,
             config,
             reductions=args.reductions or ([] if args.tolerances else self.REDUCTIONS),

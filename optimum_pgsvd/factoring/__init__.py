@@ -4,7 +4,7 @@ from .at_plan import compressed_at, cut, plan_at
 from .blocks import factor, report_on
 from .job import Clock, InPlace, Job, Measuring, everything, undone_on_error
 from .measuring import measured, profiles_of
-from .once import Activations, Kept, Once, Ordered, keep_moments, ordered_factors, request_at
+from .once import Activations, Kept, Once, Ordered, check_nested, keep_moments, ordered_factors, request_at
 from .profiles import loss_profiles, output_profiles, planning_profiles
 from .request import Calibration, calibration_of, refuse_absent_weights
 from .sensitivity import curvature_of, refuse_without_gradients
@@ -21,6 +21,7 @@ __all__ = [
     "Once",
     "Ordered",
     "calibration_of",
+    "check_nested",
     "compressed_at",
     "curvature_of",
     "cut",
