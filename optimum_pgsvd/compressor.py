@@ -23,6 +23,7 @@ from .factoring import (
     calibration_of,
     curvature_of,
     factor,
+    gradient_energies_of,
     planning_profiles,
     refuse_absent_weights,
     report_on,
@@ -113,9 +114,13 @@ class PGSVDCompressor(OptimumQuantizer):
         with clock("data"):
             calibration = calibration_of(model, targets, self.config, tokenizer)
         curvature: dict[str, Tensor] = {}
-        if self.config.needs_curvature:
+        energies: dict[str, Tensor] = {}
+        if self.config.needs_gradients:
             with clock("gradients"):
-                curvature = curvature_of(model, targets, self.config, calibration)
+                if self.config.needs_curvature:
+                    curvature = curvature_of(model, targets, self.config, calibration)
+                if self.config.needs_gradient_energies:
+                    energies = gradient_energies_of(model, targets, self.config, calibration)
         with clock("plan"):
             profiles = planning_profiles(model, targets, self.config, calibration, curvature=curvature)
             plan = plan_ranks(targets, self.config, profiles)
@@ -123,7 +128,7 @@ class PGSVDCompressor(OptimumQuantizer):
         job = Job(
             model, targets, plan, calibration.batches, self.config, clock, InPlace(),
             measurements=calibration.measurements, elastic=elastic,
-            curvature=curvature if self.config.objective == "loss" else {},
+            gradients=curvature if self.config.objective == "loss" else energies,
         )  # fmt: skip
         with undone_on_error(model, targets, undo):
             layers, notes = factor(job)

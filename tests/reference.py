@@ -91,6 +91,37 @@ def als(weight: Tensor, gram: Tensor, rank: int, sweeps: int) -> Tensor:
     return left @ right
 
 
+# Baselines
+
+
+def whitened(weight: Tensor, gram: Tensor, rank: int) -> Tensor:
+    """Ŵ of SVD-LLM: the truncated SVD of `W L`, times the inverse of L, with `G = L Lᵀ`."""
+    root = torch.linalg.cholesky(gram.double())
+    return truncated(weight.double() @ root, rank) @ torch.linalg.inv(root)
+
+
+def scaled(weight: Tensor, scales: Tensor, rank: int) -> Tensor:
+    """Ŵ of ASVD and of FWSVD: each column times its scale, the truncated SVD, each column divided by its scale."""
+    return truncated(weight.double() * scales.double(), rank) / scales.double()
+
+
+def mean_magnitudes(inputs: Tensor) -> Tensor:
+    """The mean of |x| of each feature, one token after the other."""
+    total = torch.zeros(inputs.shape[1], dtype=torch.float64)
+    for token in inputs.double():
+        total += token.abs()
+    return total / len(inputs)
+
+
+def squared_gradients(losses: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """The squared gradients of some losses, each on its own, summed: of the shape of the weight, float64."""
+    total = torch.zeros(weight.shape, dtype=torch.float64)
+    for loss in losses:
+        (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        total += gradient.double() ** 2
+    return total
+
+
 # Pivoted storage
 
 

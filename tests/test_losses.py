@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_pgsvd import CalibrationError, NonFiniteError, PGSVDConfig
-from optimum_pgsvd.analysis import loss_of, mean_loss, measure_gradients
+from optimum_pgsvd.analysis import mean_loss, measure_gradients
+from optimum_pgsvd.calibration import loss_of
 from optimum_pgsvd.targets import find_targets
 
 
@@ -75,7 +76,7 @@ def test_images_and_texts_are_contrasted() -> None:
 @pytest.mark.parametrize("name", ["bert", "albert"])
 def test_a_model_without_a_loss_on_its_inputs_is_told(name: str) -> None:
     model, batch = FAMILIES[name].build(), FAMILIES[name].batches(1)[0]
-    with pytest.raises(CalibrationError, match="computes no loss on batch 0 with the inputs input_ids: give"):
+    with pytest.raises(CalibrationError, match="gives no loss for calibration batch 0, which has no labels but inp"):
         mean_loss(model, [batch])
 
 

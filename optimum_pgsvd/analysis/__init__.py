@@ -4,7 +4,7 @@ from .bound import Bounds, bound_model
 from .convergence import Convergence, converge_model
 from .envelopes import Envelopes, envelopes_of
 from .gradients import Gradients, measure_gradients
-from .losses import loss_of, mean_loss
+from .losses import mean_loss
 from .profiles import Profiles, profile_model
 from .sensitivities import Sensitivities
 from .sweep import Point, Sweep, evaluation_set, sweep_model
@@ -23,7 +23,6 @@ __all__ = [
     "converge_model",
     "envelopes_of",
     "evaluation_set",
-    "loss_of",
     "mean_loss",
     "measure_gradients",
     "profile_model",

@@ -2,8 +2,10 @@
 
 from .anchored import AnchoredRecorder
 from .curvature import measure_curvature
-from .data import calibration_fingerprint, is_causal, load_calibration_set
+from .data import calibration_fingerprint, load_calibration_set
+from .gradients import measure_gradient_energies
 from .gram import GramRecorder, InputSurvey, measured_by_outputs
+from .losses import loss_of, predictions_in
 from .walk import BlockWalk, InMemory, Replay, Step, Weights
 
 
@@ -17,8 +19,10 @@ __all__ = [
     "Step",
     "Weights",
     "calibration_fingerprint",
-    "is_causal",
     "load_calibration_set",
+    "loss_of",
     "measure_curvature",
+    "measure_gradient_energies",
     "measured_by_outputs",
+    "predictions_in",
 ]

@@ -158,7 +158,7 @@ def wants_stream(args: Namespace, config: Any) -> bool:
 
     if args.stream is not None:
         return args.stream
-    if config.dataset == "self" or config.needs_curvature:
+    if config.dataset == "self" or config.needs_gradients:
         return False
     hub = {"revision": args.revision} if args.revision else {}
     # half as much again: factors beside their weights, activations, Gram matrices

@@ -7,7 +7,7 @@ from .measuring import measured, profiles_of
 from .once import Activations, Kept, Once, Ordered, check_nested, keep_moments, ordered_factors, request_at
 from .profiles import loss_profiles, output_profiles, planning_profiles
 from .request import Calibration, calibration_of, refuse_absent_weights
-from .sensitivity import curvature_of, refuse_without_gradients
+from .sensitivity import curvature_of, gradient_energies_of, refuse_without_gradients
 
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "cut",
     "everything",
     "factor",
+    "gradient_energies_of",
     "keep_moments",
     "loss_profiles",
     "measured",

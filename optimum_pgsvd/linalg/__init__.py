@@ -23,6 +23,7 @@ from .relative_error import (
 from .spectra import output_spectrum, relative_tails, singular_values, symmetric_eigen
 from .svd import balanced, truncated_svd
 from .weighted import weighted_projection, weighted_spectrum
+from .whitening import whitened_svd
 
 
 __all__ = [
@@ -52,5 +53,6 @@ __all__ = [
     "truncated_svd",
     "weighted_projection",
     "weighted_spectrum",
+    "whitened_svd",
     "working_dtype",
 ]
