@@ -5,7 +5,8 @@ from .curvature import measure_curvature
 from .data import calibration_fingerprint, load_calibration_set
 from .gradients import measure_gradient_energies
 from .gram import GramRecorder, InputSurvey, measured_by_outputs
-from .walk import BlockWalk, InMemory, Replay, Step, Weights
+from .passes import Replay, Step
+from .walk import BlockWalk, InMemory, Weights
 
 
 __all__ = [
