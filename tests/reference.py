@@ -252,6 +252,22 @@ def one_fraction_for_all(
     return max((plan for plan in plans if kept(plan) <= limit), key=kept, default=None)
 
 
+def shares_of_types(
+    shapes: Mapping[str, tuple[int, int]], losses: Mapping[str, float], reduction: float
+) -> dict[str, float]:
+    """The fraction of each layer that SVD-LLM V2 removes: `N R s_i / Σ s_j` over the N layers of its type.
+
+    Layers of a type have one shape here; `s = 1 / log(1 + L)`.
+    """
+    shares = {}
+    for name in shapes:
+        kind = [part for part in name.split(".") if not part.isdigit()]
+        alike = [other for other in shapes if [part for part in other.split(".") if not part.isdigit()] == kind]
+        scores = {other: 1 / math.log(1 + losses[other]) for other in alike}
+        shares[name] = len(alike) * reduction * scores[name] / math.fsum(scores.values())
+    return shares
+
+
 def charged_options(
     m: int, n: int, values: Sequence[float], rank_multiple: int, storage: str = "factors"
 ) -> list[Option]:

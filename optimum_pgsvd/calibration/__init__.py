@@ -6,7 +6,8 @@ from .data import calibration_fingerprint, load_calibration_set
 from .gradients import measure_gradient_energies
 from .gram import GramRecorder, InputSurvey, measured_by_outputs
 from .losses import loss_of, predictions_in
-from .walk import BlockWalk, InMemory, Replay, Step, Weights
+from .passes import Replay, Step
+from .walk import BlockWalk, InMemory, Weights
 
 
 __all__ = [

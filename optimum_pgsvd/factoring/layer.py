@@ -93,9 +93,9 @@ def singular(name: str, tokens: int, inputs: int, solver: str) -> CalibrationErr
     """The error for a layer whose Gram matrix is to be inverted and is singular."""
     return CalibrationError(
         f"solver={solver!r} inverts the Gram matrix of the inputs of {name}, which is singular: it saw {tokens} "
-        f"calibration tokens and has {inputs} input features, some of which are always zero or follow from others; "
-        "give more data (num_samples, sequence_length), or use solver='eigh', which finds the same factors without an "
-        "inverse"
+        f"calibration tokens and has {inputs} input features, some of which are always zero or follow from others, as "
+        "behind an embedding of which few rows were used; give more data (num_samples, sequence_length), or use "
+        "solver='eigh', which finds the same factors without an inverse"
     )
 
 
