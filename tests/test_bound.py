@@ -14,7 +14,7 @@ from models import FAMILIES
 
 from optimum_pgsvd import ConfigError, PGSVDCompressor, PGSVDConfig
 from optimum_pgsvd.analysis import Bounds, bound_model, mean_loss
-from optimum_pgsvd.analysis.bound import rank_correlation
+from optimum_pgsvd.analysis.theorem import rank_correlation
 from optimum_pgsvd.factoring import request_at
 from optimum_pgsvd.modeling_pgsvd import low_rank_layers
 
@@ -159,6 +159,16 @@ def test_without_layers_alone_only_totals_are_measured(monkeypatch) -> None:
     assert found.to_dict()["bounds"][0]["rank_correlation_with_change"] == {}
     # gradients, the walk with its survey, the dense loss, the plan, and eight allocations
     assert len(passes) == 3 + 4 + 3 + 3 + 8 * 3
+
+
+def test_experts_are_taken_apart_meanwhile() -> None:
+    model, config = FAMILIES["mixtral"].build(), config_for("mixtral")
+    before = {name: type(module) for name, module in model.named_modules()}
+    found = bound_model(model, config, [0.3], alone=False)
+    experts = [layer for layer in found.bounds[0].layers if ".experts." in layer.name]
+    assert len(experts) == 2 * 4 * 2
+    assert all(abs(layer.first_order) <= layer.bound * (1 + 1e-6) for layer in experts)
+    assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 @pytest.mark.parametrize(

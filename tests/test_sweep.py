@@ -127,6 +127,20 @@ def test_allocations_by_gradients_and_pivoted_storage_take_part() -> None:
         assert point.loss == pytest.approx(mean_loss(other, held_out()), rel=1e-4)
 
 
+@pytest.mark.parametrize("solver", ["eigh", "als"])
+def test_experts_are_swept_one_by_one_and_fused_again(solver: str) -> None:
+    model, config = FAMILIES["mixtral"].build(), config_for("mixtral", solver=solver, num_iterations=2)
+    before = {name: type(module) for name, module in model.named_modules()}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = sweep_model(model, config, reductions=[0.4], allocations=["pareto"], evaluation=held_out("mixtral"))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    other, report = compressed(model, request_at(config, parameter_reduction=0.4))
+    assert any(".experts." in name for name in found.points[0].ranks)
+    assert found.points[0].ranks == {layer.name: layer.rank for layer in report.layers if layer.rank is not None}
+    assert found.points[0].loss == pytest.approx(mean_loss(other, held_out("mixtral")), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("fields", "budgets", "message"),
     [

@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 
 from ..config import PGSVDConfig
 from ..errors import CalibrationError
-from ..factoring import calibration_of, keep_moments, plan_at, request_at
+from ..factoring import calibration_of, found_targets, keep_moments, plan_at, request_at
 from ..linalg import alternating_least_squares, output_projection, relative_activation_error
 from ..planning import dense_weight
-from ..targets import find_targets
 from .results import origin
 
 
@@ -113,16 +112,16 @@ def converge_model(
     """
     budget = {name: getattr(config, name) for name in ("parameter_reduction", "tolerance", "ranks")}
     request = request_at(config, **budget, groups=config.groups, solver="als", num_iterations=sweeps)
-    targets = find_targets(model, request)
-    kept = keep_moments(model, targets, request, calibration_of(model, targets, request, tokenizer))
-    assert kept.moments is not None
     layers, exact = [], []
-    plan = plan_at(model, kept, request)
-    for target in targets.found:
-        if target.name in plan.ranks:
-            gram = kept.moments.of_block([target]).moments(target.name).gram
-            layer = converge(target.name, dense_weight(model, target.name), gram, plan.ranks[target.name], sweeps)
-            layers.append(layer) if layer.optimum > NOISE else exact.append(target.name)
+    with found_targets(model, request) as targets:
+        kept = keep_moments(model, targets, request, calibration_of(model, targets, request, tokenizer))
+        assert kept.moments is not None
+        plan = plan_at(model, kept, request)
+        for target in targets.found:
+            if target.name in plan.ranks:
+                gram = kept.moments.of_block([target]).moments(target.name).gram
+                layer = converge(target.name, dense_weight(model, target.name), gram, plan.ranks[target.name], sweeps)
+                layers.append(layer) if layer.optimum > NOISE else exact.append(target.name)
     if not layers:
         raise CalibrationError(
             f"ALS has nothing to converge to: the plan factors {len(plan.ranks)} layers, and their ranks leave no "

@@ -9,10 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..config import PGSVDConfig
-from ..factoring import calibration_of, output_profiles, refuse_absent_weights
+from ..factoring import calibration_of, found_targets, output_profiles
 from ..planning import measure_profiles
 from ..structures import SVDProfile
-from ..targets import find_targets
 from .envelopes import Envelopes, envelopes_of
 from .results import origin
 
@@ -58,10 +57,9 @@ def profile_model(model: PreTrainedModel, config: PGSVDConfig, tokenizer: Any = 
     Source:
         arXiv 2510.05544, Definition 1 and Appendix G; the profiles of outputs are ours.
     """
-    refuse_absent_weights(model)
-    targets = find_targets(model, config)
-    profiles = {"weights": measure_profiles(model, targets)}
-    if config.needs_dataset and config.dataset is not None:
-        calibration = calibration_of(model, targets, config, tokenizer)
-        profiles["outputs"] = output_profiles(model, targets, config, calibration)
+    with found_targets(model, config) as targets:
+        profiles = {"weights": measure_profiles(model, targets)}
+        if config.needs_dataset and config.dataset is not None:
+            calibration = calibration_of(model, targets, config, tokenizer)
+            profiles["outputs"] = output_profiles(model, targets, config, calibration)
     return Profiles(profiles, {kind: envelopes_of(each) for kind, each in profiles.items()}, origin(model, config))

@@ -24,6 +24,7 @@ from ..factoring import (
     calibration_of,
     compressed_at,
     cut,
+    found_targets,
     keep_moments,
     ordered_factors,
     plan_at,
@@ -33,7 +34,7 @@ from ..planning import check_budgets
 from ..report import ModelSize
 from ..solvers import SOLVERS
 from ..structures import Budget, LayerPlan, RankPlan
-from ..targets import Targets, find_targets
+from ..targets import Targets
 from .losses import Batch, mean_loss
 from .results import origin
 
@@ -145,18 +146,17 @@ def sweep_model(
         raise ConfigError("a sweep has one budget for all layers; leave groups out, or compress once a budget")
     if not reductions and not tolerances:
         raise ConfigError("a sweep needs budgets: give reductions or tolerances")
-    clock = Clock()
-    targets = find_targets(model, config)
-    check_budgets_of(targets, config, allocations, reductions, tolerances)
-    with clock("data"):
-        calibration = calibration_of(model, targets, config, tokenizer)
-    once = measured_once(model, targets, config, calibration, allocations, clock)
-    plans = [*planned(model, once, allocations, reductions, tolerances)]
-    points = []
-    for name, asked, plan in logging.tqdm([dense_plan(once), *plans], desc="Sweeping", unit="point", disable=None):
-        with clock("points"), at_plan(model, once, plan) as errors:
-            loss = mean_loss(model, evaluation) if evaluation else None
-        points.append(point_of(model, once, plan, name, asked, errors, loss))
+    clock, points = Clock(), []
+    with found_targets(model, config) as targets:
+        check_budgets_of(targets, config, allocations, reductions, tolerances)
+        with clock("data"):
+            calibration = calibration_of(model, targets, config, tokenizer)
+        once = measured_once(model, targets, config, calibration, allocations, clock)
+        plans = [dense_plan(once), *planned(model, once, allocations, reductions, tolerances)]
+        for name, asked, plan in logging.tqdm(plans, desc="Sweeping", unit="point", disable=None):
+            with clock("points"), at_plan(model, once, plan) as errors:
+                loss = mean_loss(model, evaluation) if evaluation else None
+            points.append(point_of(model, once, plan, name, asked, errors, loss))
     return Sweep(points[0], tuple(points[1:]), len(targets.found), clock.seconds, origin(model, config))
 
 

@@ -6,7 +6,7 @@ from .job import Clock, InPlace, Job, Measuring, everything, undone_on_error
 from .measuring import measured, profiles_of
 from .once import Activations, Kept, Once, Ordered, check_nested, keep_moments, ordered_factors, request_at
 from .profiles import loss_profiles, output_profiles, planning_profiles
-from .request import Calibration, calibration_of, refuse_absent_weights
+from .request import Calibration, calibration_of, found_targets, refuse_absent_weights
 from .sensitivity import curvature_of, gradient_energies_of, refuse_without_gradients
 
 
@@ -27,6 +27,7 @@ __all__ = [
     "cut",
     "everything",
     "factor",
+    "found_targets",
     "gradient_energies_of",
     "keep_moments",
     "loss_profiles",
