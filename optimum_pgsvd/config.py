@@ -175,7 +175,7 @@ class PGSVDConfig(LowRankConfig):
     @property
     def needs_dataset(self) -> bool:
         """Whether the solver asks for calibration inputs."""
-        return SOLVERS.trait(self.solver, "needs_gram")
+        return SOLVERS.trait(self.solver, "needs") is not None
 
     @property
     def profile(self) -> str | None:
@@ -184,8 +184,18 @@ class PGSVDConfig(LowRankConfig):
 
     @property
     def needs_curvature(self) -> bool:
-        """Whether gradients are to be measured."""
+        """Whether gradients at the outputs of layers are to be measured."""
         return self.objective == "loss" or self.profile == "loss"
+
+    @property
+    def needs_gradient_energies(self) -> bool:
+        """Whether gradients of weights are to be measured."""
+        return SOLVERS.trait(self.solver, "needs") == "gradients"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether gradients of any kind are to be measured."""
+        return self.needs_curvature or self.needs_gradient_energies
 
     def require_dataset(self) -> None:
         """Raise `CalibrationError` where the solver needs a dataset and there is none."""
@@ -264,6 +274,11 @@ class PGSVDConfig(LowRankConfig):
             raise ConfigError(f"calibration={self.calibration!r} is not known; known are {', '.join(CALIBRATIONS)}")
         if self.calibration == "anchored" and not self.needs_dataset:
             raise ConfigError(f"calibration='anchored' has no meaning with solver={self.solver!r}, which uses no data")
+        if self.calibration == "anchored" and SOLVERS.trait(self.solver, "inverts"):
+            raise ConfigError(
+                f"calibration='anchored' gives layers inputs of the low rank that compressed layers leave them, whose "
+                f"Gram matrices solver={self.solver!r} cannot invert; use solver='eigh', which finds the same factors"
+            )
         if not isinstance(self.blend, (int, float)) or isinstance(self.blend, bool) or not 0 <= self.blend <= 1:
             raise ConfigError(f"blend={self.blend!r} is outside [0, 1]")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

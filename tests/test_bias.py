@@ -59,7 +59,7 @@ def factored(weight: Tensor, inputs: Tensor, rank: int, curvature: Any = None, *
     config = PGSVDConfig(dataset=batches, num_samples=10**6, ranks={"*": rank}, **{"correct_bias": True, **fields})
     targets = find_targets(model, config)
     plan = given_ranks(targets.shapes, config.ranks)
-    job = Job(model, targets, plan, batches, config, Clock(), InPlace(), curvature=curvature or {})  # type: ignore[arg-type]
+    job = Job(model, targets, plan, batches, config, Clock(), InPlace(), gradients=curvature or {})  # type: ignore[arg-type]
     report = factor(job)[0][0]
     return model.layers[0].dense, report
 

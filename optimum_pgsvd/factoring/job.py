@@ -16,7 +16,6 @@ from ..calibration import InMemory, Weights
 from ..config import PGSVDConfig
 from ..distributed import Peers
 from ..elastic import Elastic
-from ..measurements import Measurements
 from ..modeling_pgsvd import set_submodule
 from ..report import LayerReport
 from ..structures import LayerPlan, RankPlan
@@ -65,6 +64,14 @@ class Destination(Surroundings, Protocol):
 
     def finish(self, block: str | None, layers: list[LayerReport]) -> None:
         """Called once the layers of a block, or of all that lies outside the blocks, are replaced."""
+        ...
+
+
+class MomentsMade(Protocol):
+    """Moments that were measured before, on disk or in memory."""
+
+    def of_block(self, targets: Sequence[Target]) -> Any:
+        """What there is of some layers of one block: has `tokens`, `moments`, `goal` and `sum_over`."""
         ...
 
 
@@ -149,13 +156,14 @@ class Job(Measuring):
     Args:
         measurements: made before, in the place of batches.
         elastic: takes the factors of the targets that stay dense.
-        curvature: of `measure_curvature`, where the factors are to minimise the loss.
+        gradients: what they say of each layer: of `curvature_of` where the factors are to minimise the loss, of
+            `gradient_energies_of` for a solver that needs them.
     """
 
     destination: Destination
-    measurements: Measurements | None = None
+    measurements: MomentsMade | None = None
     elastic: Elastic | None = None
-    curvature: Mapping[str, Tensor] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def factored(self) -> list[Target]:
