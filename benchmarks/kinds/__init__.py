@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 
-KINDS = ("language_model", "clip", "theory", "compress_time", "speed")
+KINDS = ("language_model", "clip", "compress_time", "speed")
 
 
 def kind_of(name: str) -> Any:
