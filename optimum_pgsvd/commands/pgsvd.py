@@ -35,7 +35,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     how.add_argument(
         "--best", action="store_true", help="the most accurate settings (PGSVDConfig.best) instead of the paper's"
     )
-    how.add_argument("--allocation", help="pareto (PGSVD, default), pareto_outputs, loss or uniform")
+    how.add_argument("--allocation", help="pareto (PGSVD, default), pareto_outputs, loss, uniform or svd_llm_v2")
     how.add_argument(
         "--group",
         nargs=2,
@@ -70,7 +70,9 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
     )
     how.add_argument("--batch-size", type=int, help="sequences in a forward pass (default 8)")
     how.add_argument("--seed", type=int, help="of the choice of samples (default 0)")
-    how.add_argument("--solver", help="eigh (closed form, default), als (the paper's) or svd (no data)")
+    how.add_argument(
+        "--solver", help="eigh (closed form, default), als (the paper's), svd (no data), svd_llm, asvd or fwsvd"
+    )
     how.add_argument("--objective", help="outputs (the paper, default) or loss (weighs errors)")
     how.add_argument("--num-iterations", type=int, help="ALS sweeps (default 10)")
 

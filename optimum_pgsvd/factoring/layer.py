@@ -86,8 +86,8 @@ def singular(layer: LayerReport, tokens: int, solver: str) -> CalibrationError:
     return CalibrationError(
         f"solver={solver!r} inverts the Gram matrix of the inputs of {layer.name}, which is singular: it saw {tokens} "
         f"calibration tokens and has {layer.shape[1]} input features, some of which are always zero or follow from "
-        "others, as behind an embedding of which few rows were used; give more data (num_samples, sequence_length), or "
-        "use solver='eigh', which finds the same factors without an inverse"
+        "others, as behind an embedding of which few rows were used; give more data (num_samples, sequence_length), "
+        "or use solver='eigh', which finds the same factors without an inverse"
     )
 
 
