@@ -23,14 +23,13 @@ from .factoring import (
     calibration_of,
     curvature_of,
     factor,
+    found_targets,
     gradient_energies_of,
     planning_profiles,
-    refuse_absent_weights,
     report_on,
     undone_on_error,
 )
 from .measurements import Measurements, measurements_of
-from .modeling_pgsvd import put_experts_back
 from .planning import check_budgets, check_request, plan_ranks, refuse_elastic_experts
 from .replace import experts_apart, mark_compressed
 from .report import CompressionReport, ModelSize
@@ -108,10 +107,7 @@ class PGSVDCompressor(OptimumQuantizer):
         Raises:
             PGSVDError: see `optimum_pgsvd.errors`.
         """
-        refuse_absent_weights(model)
-        with experts_apart(model) as fused:
-            targets = find_targets(model, self.config)
-            put_experts_back(model, fused, targets.names)
+        with found_targets(model, self.config) as targets:
             refuse_elastic_experts(model, self.config)
             return self._compress(model, targets, tokenizer, undo)
 

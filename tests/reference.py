@@ -428,3 +428,49 @@ def anchored_weight_and_bias(
     goals = torch.cat([anchor @ weight.T, pull @ weight.T])
     both = torch.linalg.lstsq(rows, goals, driver="gelsd").solution
     return both[:-1].T, both[-1]
+
+
+# Theory
+
+
+def lower_convex_envelope(places: Sequence[float], values: Sequence[float], at: float) -> float:
+    """The greatest convex function below some points, at one of their places: the lowest of all chords over it."""
+    points = list(zip(places, values, strict=True))
+    exact = [value for place, value in points if place == at]
+    chords = [
+        y + (z - y) * (at - left) / (right - left)
+        for (left, y), (right, z) in itertools.combinations(points, 2)
+        if left <= at <= right
+    ]
+    return min(exact + chords)
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> float:
+    """Mean negative log-likelihood of every token that follows another one, padding left out, one after the other."""
+    terms = []
+    for row in range(len(tokens)):
+        for place in range(1, tokens.shape[1]):
+            if mask is None or mask[row, place]:
+                scores = logits[row, place - 1].double()
+                terms.append(float(scores.logsumexp(0) - scores[tokens[row, place]]))
+    return math.fsum(terms) / len(terms)
+
+
+def contrastive_loss(similarities: Tensor) -> float:
+    """CLIP's: of square similarities of texts and images, the mean over both ways of choosing."""
+    values = similarities.double()
+    rows = [float(values[i].logsumexp(0) - values[i, i]) for i in range(len(values))]
+    columns = [float(values[:, i].logsumexp(0) - values[i, i]) for i in range(len(values))]
+    return (math.fsum(rows) / len(rows) + math.fsum(columns) / len(columns)) / 2
+
+
+def spearman(values: Sequence[float], others: Sequence[float]) -> float:
+    """The correlation of places in order, equal values at the mean of theirs."""
+
+    def place(value: float, among: Sequence[float]) -> float:
+        return sum(other < value for other in among) + (sum(other == value for other in among) + 1) / 2
+
+    x, y = ([place(value, each) for value in each] for each in (values, others))
+    mean = (len(x) + 1) / 2
+    products = math.fsum((a - mean) * (b - mean) for a, b in zip(x, y, strict=True))
+    return products / math.sqrt(math.fsum((a - mean) ** 2 for a in x) * math.fsum((b - mean) ** 2 for b in y))

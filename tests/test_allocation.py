@@ -9,7 +9,7 @@ from cases import gaussian, orthonormal
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from optimum_pgsvd.allocation import ALLOCATIONS
+from optimum_pgsvd.allocation import ALLOCATIONS, least_surrogate
 from optimum_pgsvd.allocation.ladder import Ladder, climb, parameter_budget
 from optimum_pgsvd.allocation.loss import charges, hull_slopes
 from optimum_pgsvd.allocation.svd_llm_v2 import kind_of
@@ -602,3 +602,49 @@ def test_an_unknown_allocation_lists_the_known_ones():
         "svd_llm_v2": ("outputs", False),
         "uniform": (None, False),
     }
+
+
+# The surrogate with sensitivities of their own
+
+
+def weighted(options: dict[str, list[reference.Option]], weights: dict[str, float], dense: bool):
+    """Options with α e for e, and without dense where a layer has others and none may stay dense."""
+    return {
+        name: [
+            o._replace(error=weights[name] * o.error) for o in layer if dense or o.rank is not None or len(layer) == 1
+        ]
+        for name, layer in options.items()
+    }
+
+
+@many
+@given(shapes_of_layers, seeds, reductions, multiples, st.booleans())
+def test_the_least_surrogate_is_brute_force_but_for_one_step_of_one_layer(
+    shapes, seed, reduction, rank_multiple, dense
+):
+    profiles = profiles_of(shapes, seed)
+    weights = {name: 10.0 ** ((seed + 7 * i) % 5 - 2) for i, name in enumerate(profiles)}
+    options = weighted(options_of(profiles, rank_multiple), weights, dense)
+    limit = reference.budget(shapes, reduction)
+    least = reference.least_total_error(options, limit)
+    plain = {name: profile.shape for name, profile in profiles.items()}
+    try:
+        plan = least_surrogate(plain, profiles, weights, float(reduction), rank_multiple, dense)
+    except ConfigError:
+        plan = None
+    assert (plan is None) == (least is None)
+    assume(plan is not None)
+    chosen = choice(plan, options)
+    assert reference.kept(chosen) <= limit
+    total = math.fsum(option.error for option in chosen.values())
+    gap = max(reference.saving_of_next_vertex(chosen[name], layer) for name, layer in options.items())
+    assert least - 1e-9 * (1 + least) <= total <= least + gap + 1e-9 * (1 + least)
+
+
+def test_a_sensitive_layer_gets_more_ranks_and_equal_ones_the_same():
+    profiles = {name: SVDProfile(LinearShape(12, 12), spectrum((12, 12), 1)) for name in ("first", "second")}
+    shapes = {name: profile.shape for name, profile in profiles.items()}
+    equal = least_surrogate(shapes, profiles, {"first": 3.0, "second": 3.0}, 0.5, dense=False)
+    assert equal.layers["first"].rank == equal.layers["second"].rank == 3
+    unequal = least_surrogate(shapes, profiles, {"first": 1.0, "second": 30.0}, 0.5, dense=False)
+    assert unequal.layers["first"].rank < 3 < unequal.layers["second"].rank

@@ -11,7 +11,9 @@ An allocator takes the shapes of a group's layers, their profiles, the budget an
 
 from . import loss, pareto, svd_llm_v2, uniform  # noqa: F401  (registers them)
 from .ladder import Ladder, smallest
+from .loss import hull_slopes
 from .registry import ALLOCATIONS, Allocator
+from .surrogate import least_surrogate
 
 
-__all__ = ["ALLOCATIONS", "Allocator", "Ladder", "smallest"]
+__all__ = ["ALLOCATIONS", "Allocator", "Ladder", "hull_slopes", "least_surrogate", "smallest"]

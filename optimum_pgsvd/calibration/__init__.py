@@ -5,6 +5,7 @@ from .curvature import measure_curvature
 from .data import calibration_fingerprint, load_calibration_set
 from .gradients import measure_gradient_energies
 from .gram import GramRecorder, InputSurvey, measured_by_outputs
+from .losses import loss_of, predictions_in
 from .passes import Replay, Step
 from .walk import BlockWalk, InMemory, Weights
 
@@ -17,10 +18,12 @@ __all__ = [
     "InputSurvey",
     "Replay",
     "Step",
-    "calibration_fingerprint",
     "Weights",
+    "calibration_fingerprint",
     "load_calibration_set",
+    "loss_of",
     "measure_curvature",
     "measure_gradient_energies",
     "measured_by_outputs",
+    "predictions_in",
 ]

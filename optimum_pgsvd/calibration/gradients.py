@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from ..distributed import Peers
 from ..errors import CalibrationError, NonFiniteError
-from .data import is_causal
-from .forward import evaluating, forward
+from .forward import evaluating
+from .losses import asking_for_loss, loss_of
 
 
 class GradientRecorder:
@@ -97,7 +97,7 @@ def measure_gradient_energies(
     peers, recorder = Peers(), GradientRecorder(layers)
     with recorder.watching(model), evaluating(model), torch.enable_grad():
         for number in logging.tqdm(peers.mine(len(batches)), desc="Measuring gradients", unit="batch", disable=None):
-            for sample in samples(batches[number]):
+            for sample in samples(asking_for_loss(model, batches[number])):
                 loss_of(model, sample, number).backward()
     found = {name: peers.sum(energies) for name, energies in recorder.energies.items()}
     for name, energies in found.items():
@@ -117,30 +117,6 @@ def samples(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         {key: value[i : i + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
         for i in range(sizes.pop())
     ]
-
-
-def loss_of(model: nn.Module, sample: Mapping[str, Any], number: int) -> Tensor:
-    """The model's own loss for the data's labels.
-
-    Raises:
-        CalibrationError: it has none.
-    """
-    outputs = forward(model, labelled(model, sample), number, True)
-    loss = getattr(outputs, "loss", None)
-    if loss is None:
-        raise CalibrationError(
-            f"{type(model).__name__} gives no loss for calibration batch {number}, which has no labels: give batches "
-            "with labels, or use a solver that needs no gradients, such as solver='eigh'"
-        )
-    return loss
-
-
-def labelled(model: nn.Module, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample with its labels; those of a causal language model are its own tokens, padding left out."""
-    if "labels" in sample or "input_ids" not in sample or not is_causal(model):
-        return dict(sample)
-    mask = sample.get("attention_mask", torch.ones_like(sample["input_ids"]))
-    return {**sample, "labels": sample["input_ids"].masked_fill(mask == 0, -100)}
 
 
 def check_energies(name: str, energies: Tensor) -> None:

@@ -16,7 +16,6 @@ from ..calibration import InMemory, Weights
 from ..config import PGSVDConfig
 from ..distributed import Peers
 from ..elastic import Elastic
-from ..measurements import Measurements
 from ..modeling_pgsvd import set_submodule
 from ..report import LayerReport
 from ..structures import LayerPlan, RankPlan
@@ -65,6 +64,14 @@ class Destination(Surroundings, Protocol):
 
     def finish(self, block: str | None, layers: list[LayerReport]) -> None:
         """Called once the layers of a block, or of all that lies outside the blocks, are replaced."""
+        ...
+
+
+class MomentsMade(Protocol):
+    """Moments that were measured before, on disk or in memory."""
+
+    def of_block(self, targets: Sequence[Target]) -> Any:
+        """What there is of some layers of one block: has `tokens`, `moments`, `goal` and `sum_over`."""
         ...
 
 
@@ -154,7 +161,7 @@ class Job(Measuring):
     """
 
     destination: Destination
-    measurements: Measurements | None = None
+    measurements: MomentsMade | None = None
     elastic: Elastic | None = None
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -101,13 +102,14 @@ def output_profiles(
         CalibrationError: the calibration set leaves a layer without a token.
         NonFiniteError: an activation holds NaN or infinity.
     """
+    return walked(model, targets, config, calibration, weights, output_profile)
 
-    def profile(job: Job, step: Step, target: Target) -> SVDProfile:
-        moments = step.recorder.moments(target.name, target.name in job.corrected)
-        spectrum = output_spectrum(dense_weight(job.model, target.name), moments.measured)
-        return SVDProfile(target.shape, spectrum.cpu())
 
-    return walked(model, targets, config, calibration, weights, profile)
+def output_profile(job: Job, step: Step, target: Target) -> SVDProfile:
+    """What each rank of one layer counts for its outputs."""
+    moments = step.recorder.moments(target.name, target.name in job.corrected)
+    spectrum = output_spectrum(dense_weight(job.model, target.name), moments.measured)
+    return SVDProfile(target.shape, spectrum.cpu())
 
 
 def loss_profiles(
@@ -130,15 +132,16 @@ def loss_profiles(
         CalibrationError: the calibration set leaves a layer without a token.
         NonFiniteError: an activation holds NaN or infinity.
     """
+    return walked(model, targets, config, calibration, None, partial(loss_profile, curvature=curvature))
 
-    def profile(job: Job, step: Step, target: Target) -> SVDProfile:
-        moments = step.recorder.moments(target.name, target.name in job.corrected)
-        weight = dense_weight(job.model, target.name)
-        spectrum = weighted_spectrum(weight, moments.measured, moments.energies, curvature[target.name])
-        # Both moments are sums over tokens, and what the layer counts is one such sum.
-        return SVDProfile(target.shape, spectrum.cpu() / math.sqrt(step.recorder.tokens[target.name]))
 
-    return walked(model, targets, config, calibration, None, profile)
+def loss_profile(job: Job, step: Step, target: Target, curvature: Mapping[str, Tensor]) -> SVDProfile:
+    """What each rank of one layer counts for the loss."""
+    moments = step.recorder.moments(target.name, target.name in job.corrected)
+    weight = dense_weight(job.model, target.name)
+    spectrum = weighted_spectrum(weight, moments.measured, moments.energies, curvature[target.name])
+    # Both moments are sums over tokens, and what the layer counts is one such sum.
+    return SVDProfile(target.shape, spectrum.cpu() / math.sqrt(step.recorder.tokens[target.name]))
 
 
 def walked(
