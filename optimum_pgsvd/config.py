@@ -35,10 +35,12 @@ class PGSVDConfig(LowRankConfig):
         ranks: rank by layer name or glob, at least 1; layers that nothing matches stay dense.
         allocation: how ranks are chosen: `"pareto"` (PGSVD: one ε for all layers of a group), `"pareto_outputs"` (the
             same, ε being the error of each layer's outputs on the calibration set), `"loss"` (by how much the model's
-            predictions depend on each layer, measured with gradients) or `"uniform"` (the same fraction of every
-            layer).
+            predictions depend on each layer, measured with gradients), `"uniform"` (the same fraction of every layer)
+            or `"svd_llm_v2"` (of layers of one type, less of those whose outputs lose more).
         solver: how factors are found: `"eigh"` (closed-form optimum), `"als"` (the paper's Algorithm 1, which
-            approaches it) or `"svd"` (truncated SVD, needs no dataset).
+            approaches it) or `"svd"` (truncated SVD, needs no dataset); or as in other papers, to compare with:
+            `"svd_llm"` (the same optimum by an inverse, where there is one), `"asvd"` or `"fwsvd"` (truncated SVD with
+            input features scaled by their absolute values, or by gradients of their weights).
         objective: what the factors of a layer minimise: `"outputs"` (the paper: the error of its outputs) or `"loss"`
             (that error measured by what it costs the model's predictions, with gradients).
         num_iterations: ALS sweeps, at least 1; the paper uses 10. Other solvers ignore it.
@@ -70,8 +72,7 @@ class PGSVDConfig(LowRankConfig):
         self_contained: save a copy of the loading code with the checkpoint, so that it loads with
             `trust_remote_code=True` where this package is not installed.
         elastic: save beside the weights what it takes to cut the checkpoint further, without data, when it is loaded.
-            Needs `calibration="parallel"` and a solver whose components come in order of importance: `"eigh"` or
-            `"svd"`.
+            Needs `calibration="parallel"` and a solver whose components come in order of importance: any but `"als"`.
         format_version: set in the config of a compressed model, whose `ranks` are the result, by the name of each
             layer in the checkpoint; the other fields are then a record of how it was made.
         quant_method: always `"pgsvd"`.

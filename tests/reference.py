@@ -117,8 +117,8 @@ def squared_gradients(losses: Sequence[Tensor], weight: Tensor) -> Tensor:
     """The squared gradients of some losses, each on its own, summed: of the shape of the weight, float64."""
     total = torch.zeros(weight.shape, dtype=torch.float64)
     for loss in losses:
-        (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
-        total += gradient.double() ** 2
+        (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True, allow_unused=True)
+        total += 0 if gradient is None else gradient.double() ** 2
     return total
 
 
