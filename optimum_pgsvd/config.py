@@ -48,9 +48,10 @@ class PGSVDConfig(LowRankConfig):
             A layer outside the repeated blocks is compressed only where a glob here or in `ranks` names it.
         modules_to_not_convert: names or globs of modules that stay dense.
         rank_multiple: ranks are multiples of this, at least 1; 8 or more suits tensor cores.
-        dataset: the calibration set: texts, token tensors, model inputs as dicts, a `datasets.Dataset`, a local
-            `.txt`, `.jsonl` or `.parquet` file, the name of a Hub dataset (`"user/name"` or `"user/name:config"`), a
-            folder of `optimum-cli pgsvd measure`, or `"self"` for sequences sampled from the model itself.
+        dataset: the calibration set: texts, token tensors, dicts of images, sounds and texts or of model inputs, a
+            `datasets.Dataset`, a local `.txt`, `.jsonl` or `.parquet` file, a folder of images with captions, the name
+            of a Hub dataset (`"user/name"` or `"user/name:config"`), a folder of `optimum-cli pgsvd measure`, or
+            `"self"` for sequences sampled from the model itself.
         tokenizer: tokenizer or processor, or where to load it from; by default the model's own.
         calibration: what layers are fitted to: `"parallel"` (the paper: the dense model's activations) or `"anchored"`
             (block by block: the inputs that the compressed blocks before it really produce, aiming at the dense
@@ -271,8 +272,8 @@ class PGSVDConfig(LowRankConfig):
         self._validate_elastic()
         if isinstance(self.dataset, Mapping) or not (self.dataset is None or isinstance(self.dataset, DATASETS)):
             raise ConfigError(
-                f"dataset is a {type(self.dataset).__name__}; give a list of texts, token tensors or model inputs, a "
-                "datasets.Dataset, a file, the name of a Hub dataset, or 'self'"
+                f"dataset is a {type(self.dataset).__name__}; give a list of texts, token tensors, images with "
+                "texts or model inputs, a datasets.Dataset, a file or folder, the name of a Hub dataset, or 'self'"
             )
         self._validate_budgets()
 

@@ -53,7 +53,9 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
     """What the factors are fitted on, and by which solver."""
     how = parser.add_argument_group("calibration", argument_default=SUPPRESS)
     how.add_argument(
-        "--dataset", help='.txt, .jsonl or .parquet file, Hub dataset, folder of `pgsvd measure`, or "self"'
+        "--dataset",
+        help=".txt, .jsonl or .parquet file, Hub dataset, folder of images with captions or of `pgsvd measure`, or "
+        '"self"',
     )
     how.add_argument("--tokenizer", help="folder or Hub name (default: the model's)")
     how.add_argument("--calibration", help="parallel (the paper, default) or anchored")
