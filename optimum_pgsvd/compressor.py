@@ -10,26 +10,26 @@ from optimum.quantization_base import OptimumQuantizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .allocation import ALLOCATIONS
 from .calibration import Weights
 from .checkpoint import new_folder
 from .config import PGSVDConfig
 from .elastic import Elastic
 from .errors import ConfigError
 from .factoring import (
+    Calibration,
     Clock,
     InPlace,
     Job,
     calibration_of,
     curvature_of,
     factor,
-    loss_profiles,
+    planning_profiles,
     refuse_absent_weights,
     report_on,
     undone_on_error,
 )
-from .measurements import Measurements, measurements_of, profiles_at_hand
-from .planning import check_request, plan_ranks
+from .measurements import Measurements, measurements_of
+from .planning import check_budgets, check_request, plan_ranks
 from .replace import mark_compressed
 from .report import CompressionReport, ModelSize
 from .saving import attach_artifacts
@@ -40,7 +40,6 @@ from .streaming import (
     compress_checkpoint,
     measure_checkpoint,
 )
-from .structures import SVDProfile
 from .targets import find_blocks, find_targets
 
 
@@ -118,13 +117,9 @@ class PGSVDCompressor(OptimumQuantizer):
             with clock("gradients"):
                 curvature = curvature_of(model, targets, self.config, calibration)
         with clock("plan"):
-            profiles: dict[str, SVDProfile] | None
-            if ALLOCATIONS.trait(self.config.allocation, "needs_curvature"):
-                profiles = loss_profiles(model, targets, self.config, calibration, curvature)
-            else:
-                profiles = profiles_at_hand(model, targets, self.config, calibration.measurements)
-            plan = plan_ranks(model, targets, self.config, profiles=profiles)
-        elastic = Elastic(profiles) if self.config.elastic and profiles else None
+            profiles = planning_profiles(model, targets, self.config, calibration, curvature=curvature)
+            plan = plan_ranks(targets, self.config, profiles)
+        elastic = Elastic(profiles) if self.config.elastic else None
         job = Job(
             model, targets, plan, calibration.batches, self.config, clock, InPlace(),
             measurements=calibration.measurements, elastic=elastic,
@@ -293,8 +288,7 @@ def model_class(name: str | os.PathLike, **options: Any) -> Any:
 def planned(model: PreTrainedModel, config: PGSVDConfig, weights: Weights | None = None) -> CompressionReport:
     """The plan for a model, from measurements where the config names them, else from its weights."""
     targets = find_targets(model, config)
-    measurements = measurements_of(targets, config)
-    by_loss = ALLOCATIONS.trait(config.allocation, "needs_curvature")
-    profiles = measurements.profiles(targets) if measurements and not by_loss else None
-    plan = plan_ranks(model, targets, config, weights, profiles)
+    check_budgets(targets, config)
+    profiles = planning_profiles(model, targets, config, Calibration([], measurements_of(targets, config)), weights)
+    plan = plan_ranks(targets, config, profiles)
     return CompressionReport.of_plan(plan, targets, model, config.to_dict())

@@ -33,9 +33,10 @@ class PGSVDConfig(LowRankConfig):
         tolerance: ε, the relative error `‖W − W_r‖_F / ‖W‖_F` allowed in each layer, in [0, 1]. Larger is smaller and
             less accurate.
         ranks: rank by layer name or glob, at least 1; layers that nothing matches stay dense.
-        allocation: how ranks are chosen: `"pareto"` (PGSVD: one ε for all layers of a group), `"loss"` (by how much
-            the model's predictions depend on each layer, measured with gradients) or `"uniform"` (the same fraction
-            of every layer).
+        allocation: how ranks are chosen: `"pareto"` (PGSVD: one ε for all layers of a group), `"pareto_outputs"` (the
+            same, ε being the error of each layer's outputs on the calibration set), `"loss"` (by how much the model's
+            predictions depend on each layer, measured with gradients) or `"uniform"` (the same fraction of every
+            layer).
         solver: how factors are found: `"eigh"` (closed-form optimum), `"als"` (the paper's Algorithm 1, which
             approaches it) or `"svd"` (truncated SVD, needs no dataset).
         objective: what the factors of a layer minimise: `"outputs"` (the paper: the error of its outputs) or `"loss"`
@@ -178,9 +179,14 @@ class PGSVDConfig(LowRankConfig):
         return SOLVERS.trait(self.solver, "needs_gram")
 
     @property
+    def profile(self) -> str | None:
+        """Which profiles ranks are chosen by: of the `"weights"`, `"outputs"` or `"loss"`; `None` for none."""
+        return None if self.ranks is not None else ALLOCATIONS.trait(self.allocation, "profile")
+
+    @property
     def needs_curvature(self) -> bool:
         """Whether gradients are to be measured."""
-        return self.objective == "loss" or ALLOCATIONS.trait(self.allocation, "needs_curvature")
+        return self.objective == "loss" or self.profile == "loss"
 
     def require_dataset(self) -> None:
         """Raise `CalibrationError` where the solver needs a dataset and there is none."""
@@ -269,6 +275,7 @@ class PGSVDConfig(LowRankConfig):
         self._validate_refinement()
         self._validate_correction()
         self._validate_curvature()
+        self._validate_profile()
         self._validate_elastic()
         if isinstance(self.dataset, Mapping) or not (self.dataset is None or isinstance(self.dataset, DATASETS)):
             raise ConfigError(
@@ -308,15 +315,14 @@ class PGSVDConfig(LowRankConfig):
                 f"solver={name!r}" for name in SOLVERS.names() if SOLVERS.trait(name, "takes_curvature")
             )
             raise ConfigError(f"objective='loss' needs {able}, not {self.solver!r}")
-        if self.needs_curvature and not self.needs_dataset:
+
+    def _validate_profile(self) -> None:
+        """What is measured on a calibration set needs one."""
+        if self.profile in ("outputs", "loss") and not self.needs_dataset:
+            measured = "gradients" if self.profile == "loss" else "outputs"
             raise ConfigError(
-                f"allocation={self.allocation!r} measures gradients on a calibration set, and solver={self.solver!r} "
+                f"allocation={self.allocation!r} measures {measured} on a calibration set, and solver={self.solver!r} "
                 "uses none; use solver='eigh'"
-            )
-        if self.needs_curvature and self.elastic:
-            raise ConfigError(
-                "elastic=True needs objective='outputs' and an allocation that measures no gradients: a checkpoint is "
-                "cut by the singular values of its weights"
             )
 
     def _validate_elastic(self) -> None:
@@ -326,6 +332,11 @@ class PGSVDConfig(LowRankConfig):
             raise ConfigError(
                 f"elastic=True needs factors that can be cut, with components in order of importance: use {nested}, "
                 f"not {self.solver!r}"
+            )
+        if self.elastic and (self.objective == "loss" or self.profile in ("outputs", "loss")):
+            raise ConfigError(
+                "elastic=True needs objective='outputs' and an allocation that measures no more than weights: a "
+                "checkpoint is cut by the singular values of its weights"
             )
         if self.elastic and self.calibration == "anchored":
             raise ConfigError(

@@ -9,13 +9,12 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from .calibration import GramRecorder, Weights
+from .calibration import GramRecorder
 from .config import PGSVDConfig
 from .distributed import Peers
 from .errors import CalibrationError
-from .planning import measure_profiles
 from .structures import Means, Moments, SVDProfile
 from .targets import Target, Targets
 
@@ -152,32 +151,6 @@ def measurements_of(targets: Targets, config: PGSVDConfig) -> Measurements | Non
     measurements = Measurements(config.dataset)
     measurements.check(targets, config)
     return measurements
-
-
-def profiles_at_hand(
-    model: nn.Module,
-    targets: Targets,
-    config: PGSVDConfig,
-    measurements: Measurements | None,
-    weights: Weights | None = None,
-) -> dict[str, SVDProfile] | None:
-    """The profiles of all weights, if they were measured before or are to be kept with an elastic checkpoint.
-
-    Else a plan measures those that it needs.
-
-    Args:
-        model: the dense model.
-        targets: of `find_targets`.
-        config: the request.
-        measurements: of `measurements_of`.
-        weights: as for `plan_ranks`.
-
-    Raises:
-        NonFiniteError: a weight holds NaN or infinity.
-    """
-    if measurements:
-        return measurements.profiles(targets)
-    return measure_profiles(model, targets, weights) if config.elastic else None
 
 
 def write_block(path: str, recorder: GramRecorder, profiles: Mapping[str, SVDProfile]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,47 +16,30 @@ from .allocation import ALLOCATIONS, Ladder, smallest
 from .calibration import InMemory, Weights
 from .config import PGSVDConfig
 from .distributed import Peers
-from .errors import ConfigError, NonFiniteError
+from .errors import NonFiniteError
 from .linalg import singular_values
 from .structures import Budget, LayerPlan, LinearShape, RankPlan, SVDProfile
 from .targets import Target, Targets, first_match
 
 
-def plan_ranks(
-    model: nn.Module,
-    targets: Targets,
-    config: PGSVDConfig,
-    weights: Weights | None = None,
-    profiles: Mapping[str, SVDProfile] | None = None,
-) -> RankPlan:
+def plan_ranks(targets: Targets, config: PGSVDConfig, profiles: Mapping[str, SVDProfile]) -> RankPlan:
     """Choose the rank of every target layer.
 
     Args:
-        model: the dense model.
         targets: of `find_targets`.
         config: budget, groups, allocation and rank multiple.
-        weights: asked for the weights of one block at a time; by default all are in memory.
-        profiles: of the targets' weights, where they are known already; or as the loss sees them, for an allocation
-            that needs gradients.
+        profiles: of the targets, of what `config.profile` says.
 
     Returns:
         The plan over all targets, in model order.
 
     Raises:
-        ConfigError: a budget cannot be met, a given rank does not fit its layer, or the allocation needs gradients.
-        NonFiniteError: a weight holds NaN or infinity.
+        ConfigError: a budget cannot be met, or a given rank does not fit its layer.
     """
     if config.ranks is not None:
         return given_ranks(targets.shapes, config.ranks)
     groups = budget_groups(targets, config)
-    if profiles is None and ALLOCATIONS.trait(config.allocation, "needs_curvature"):
-        raise ConfigError(
-            f"allocation={config.allocation!r} chooses ranks by gradients on a calibration set, so there is no plan "
-            "without one; compress the model, whose report has the ranks, or plan with allocation='pareto'"
-        )
-    if profiles is None and ALLOCATIONS.trait(config.allocation, "needs_profiles"):
-        profiles = measure_profiles(model, targets, weights)
-    plans = (allocate_group(glob, shapes, profiles or {}, budget, config) for glob, (shapes, budget) in groups.items())
+    plans = (allocate_group(glob, shapes, profiles, budget, config) for glob, (shapes, budget) in groups.items())
     return RankPlan.merge(plans, order=targets.names)
 
 
@@ -107,11 +91,12 @@ def allocate_group(
     budget: Budget,
     config: PGSVDConfig,
 ) -> RankPlan:
-    """The plan of the layers under one budget."""
+    """The plan of the layers under one budget; its errors are those of plain weights, if of anything."""
     plan = ALLOCATIONS[config.allocation](shapes, profiles, budget, config.rank_multiple)
+    of_weights = config.profile == "weights"
     return RankPlan(
         {
-            name: LayerPlan(layer.shape, layer.rank, glob, layer.tolerance, layer.relative_error)
+            name: replace(layer, group=glob, relative_error=layer.relative_error if of_weights else None)
             for name, layer in plan.layers.items()
         }
     )

@@ -21,9 +21,9 @@ class Registry(Generic[F]):
     def __init__(self, kind: str):
         self.kind = kind
         self._functions: dict[str, F] = {}
-        self._traits: dict[str, dict[str, bool]] = {}
+        self._traits: dict[str, dict[str, Any]] = {}
 
-    def register(self, name: str, **traits: bool) -> Callable[[F], F]:
+    def register(self, name: str, **traits: Any) -> Callable[[F], F]:
         """Decorator: make a function known under a name, with facts about it that its callers need."""
 
         def add(function: F) -> F:
@@ -47,6 +47,6 @@ class Registry(Generic[F]):
     def __getitem__(self, name: str) -> F:
         return self._functions[self.check(name)]
 
-    def trait(self, name: str, trait: str) -> bool:
+    def trait(self, name: str, trait: str) -> Any:
         """A fact about a registered function, as given when it was registered."""
         return self._traits[self.check(name)][trait]

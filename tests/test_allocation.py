@@ -499,9 +499,10 @@ def test_loss_takes_no_tolerance():
 def test_an_unknown_allocation_lists_the_known_ones():
     with pytest.raises(ConfigError, match="allocation='greedy' is not known; known are .*pareto.*uniform"):
         ALLOCATIONS["greedy"]
-    traits = ("needs_profiles", "needs_curvature", "takes_tolerance")
+    traits = ("profile", "takes_tolerance")
     assert {name: tuple(ALLOCATIONS.trait(name, trait) for trait in traits) for name in ALLOCATIONS.names()} == {
-        "loss": (True, True, False),
-        "pareto": (True, False, True),
-        "uniform": (False, False, False),
+        "loss": ("loss", False),
+        "pareto": ("weights", True),
+        "pareto_outputs": ("outputs", True),
+        "uniform": (None, False),
     }

@@ -239,7 +239,8 @@ def test_an_elastic_checkpoint_is_cut_by_compressing_it(way, dense, tmp_path):
 def test_every_option_reaches_the_config():
     from argparse import ArgumentParser
 
-    from optimum_pgsvd.commands.pgsvd import CompressCommand, config_of
+    from optimum_pgsvd.commands.arguments import config_of
+    from optimum_pgsvd.commands.pgsvd import CompressCommand
 
     parser = ArgumentParser()
     CompressCommand.parse_args(parser)

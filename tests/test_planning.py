@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_pgsvd import PGSVDCompressor, PGSVDConfig
 from optimum_pgsvd.errors import ConfigError, NonFiniteError
+from optimum_pgsvd.factoring import Calibration, planning_profiles
 from optimum_pgsvd.modeling_pgsvd import LowRankLinear
 from optimum_pgsvd.planning import plan_ranks
 from optimum_pgsvd.structures import RankPlan
@@ -29,7 +30,8 @@ each_reduction = pytest.mark.parametrize("reduction", ["0.1", "0.2", "0.4", "0.6
 
 def plan(model: PreTrainedModel, **fields: Any) -> RankPlan:
     config = PGSVDConfig(**fields)
-    return plan_ranks(model, find_targets(model, config), config)
+    targets = find_targets(model, config)
+    return plan_ranks(targets, config, planning_profiles(model, targets, config, Calibration([], None)))
 
 
 def ranks(planned: RankPlan) -> Ranks:

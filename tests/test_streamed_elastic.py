@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from streamed import Killed, assert_same_checkpoint, failing, in_memory, on_disk, request
 from transformers import AutoModelForCausalLM
 
-from optimum_pgsvd import CompressionReport, PGSVDCompressor, PGSVDConfig, factoring, measurements
+from optimum_pgsvd import CompressionReport, PGSVDCompressor, PGSVDConfig, factoring
 from optimum_pgsvd.checkpoint import ELASTIC_NAME
+from optimum_pgsvd.factoring import profiles as factoring_profiles
 from optimum_pgsvd.streaming import spill, weights
 from optimum_pgsvd.streaming.output import CompressedCheckpoint
 from optimum_pgsvd.streaming.shards import ShardWriter
@@ -99,7 +100,7 @@ def test_half_precision(dtype, tmp_path):
 
 def test_measurements_made_before(dense, tmp_path, monkeypatch):
     PGSVDCompressor(elastic()).measure_checkpoint(dense, tmp_path / "measured")
-    monkeypatch.setattr(measurements, "measure_profiles", None)  # they are there
+    monkeypatch.setattr(factoring_profiles, "measure_profiles", None)  # they are there
     assert_same_as_in_memory(dense, tmp_path, elastic(dataset=str(tmp_path / "measured")))
 
 
@@ -196,7 +197,7 @@ def test_a_run_may_be_interrupted_anywhere(place, number, before, dense, expecte
     if (place, before) != ("publish", False):  # by then all is done
         interrupted(monkeypatch, dense, output, place, number, before)
     counted(factoring.blocks, "factor_layer", lambda args: solved.append(args[1].name), monkeypatch)
-    counted(measurements, "measure_profiles", measured.append, monkeypatch)
+    counted(factoring_profiles, "measure_profiles", measured.append, monkeypatch)
     notes = tmp_path / ".mine.pgsvd" / "progress.jsonl"
     finished = [json.loads(line)["block"] for line in notes.read_text().splitlines()] if notes.exists() else []
     on_disk(dense, output, elastic())

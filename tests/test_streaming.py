@@ -14,9 +14,10 @@ from models import FAMILIES, ODD, POSITIONS, SIZES, SPECIAL, each_family, text_f
 from streamed import assert_same_checkpoint, in_memory, on_disk, request
 from torch import nn
 
-from optimum_pgsvd import PGSVDCompressor, PGSVDConfig, factoring, planning
+from optimum_pgsvd import PGSVDCompressor, PGSVDConfig, factoring
 from optimum_pgsvd.distributed import Peers
 from optimum_pgsvd.errors import CalibrationError, CheckpointError, ConfigError, NonFiniteError, UnsupportedModelError
+from optimum_pgsvd.factoring import profiles as factoring_profiles
 from optimum_pgsvd.planning import plan_ranks
 from optimum_pgsvd.report import CompressionReport
 from optimum_pgsvd.saving import commit_of
@@ -210,7 +211,7 @@ def test_texts_and_the_tokenizer(tokenizer_from, dense, tokenizer, texts, saved,
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])
 def test_measurements_made_before(storage, saved, tmp_path, monkeypatch):
     PGSVDCompressor(request(FAMILIES["llama"])).measure_checkpoint(saved("llama"), tmp_path / "measured")
-    monkeypatch.setattr(planning, "measure_profiles", None)  # they are there
+    monkeypatch.setattr(factoring_profiles, "measure_profiles", None)  # they are there
     config = request(FAMILIES["llama"], dataset=str(tmp_path / "measured"), storage=storage)
     assert_same_bytes(saved("llama"), tmp_path, config)
 
@@ -401,7 +402,7 @@ def test_no_bars_are_drawn_for_files_that_are_none(saved, tmp_path, capfd):
 
 def test_a_model_that_is_not_what_was_planned_is_not_written(saved, tmp_path):
     model, config = FAMILIES["llama"].build(), request(FAMILIES["llama"], ranks={"q_proj": 3})
-    plan = plan_ranks(model, find_targets(model, config), config)
+    plan = plan_ranks(find_targets(model, config), config, {})
     checkpoint = CompressedCheckpoint(str(tmp_path / "mine"), model, plan, config, "5GB", Peers())
     with pytest.raises(CheckpointError, match=r"model.layers.0.self_attn.q_proj.left.weight part of the model"):
         checkpoint.write(model, lambda name: name.startswith("model.layers.0."))

@@ -1,12 +1,19 @@
 """How ranks are chosen: one allocator a file.
 
-An allocator takes the shapes of a group's layers, their profiles (empty unless it `needs_profiles`; as the loss sees
-the layers if it `needs_curvature`), the budget and the rank multiple, and returns a `RankPlan`.
+An allocator takes the shapes of a group's layers, their profiles, the budget and the rank multiple, and returns a
+`RankPlan`. Its trait `profile` says what these are profiles of:
+
+* `None`: of nothing; they are empty.
+* `"weights"`: of the weights, the paper's Definition 1. They need no data.
+* `"outputs"`: of the outputs on the calibration set, singular values of `W G^½`. Comparable between layers.
+* `"loss"`: of what the loss depends on, singular values of `Rᵀ W G^½` with `B = R Rᵀ`. Comparable between layers.
 """
 
 from . import loss, pareto, uniform  # noqa: F401  (registers them)
 from .ladder import Ladder, smallest
+from .loss import hull_slopes
 from .registry import ALLOCATIONS, Allocator
+from .surrogate import least_surrogate
 
 
-__all__ = ["ALLOCATIONS", "Allocator", "Ladder", "smallest"]
+__all__ = ["ALLOCATIONS", "Allocator", "Ladder", "hull_slopes", "least_surrogate", "smallest"]

@@ -12,7 +12,7 @@ from .registry import ALLOCATIONS
 MOST = 1 - 1e-12
 
 
-@ALLOCATIONS.register("loss", needs_profiles=True, needs_curvature=True, takes_tolerance=False)
+@ALLOCATIONS.register("loss", profile="loss", takes_tolerance=False)
 def loss(
     shapes: Mapping[str, LinearShape], profiles: Mapping[str, SVDProfile], budget: Budget, rank_multiple: int
 ) -> RankPlan:
@@ -52,7 +52,7 @@ def charges(ladder: Ladder, profile: SVDProfile) -> tuple[list[int], list[float]
     return [ladder.shape.parameters(rank) for rank in ladder.ranks], [-weight * math.log1p(-share) for share in lost]
 
 
-def hull_slopes(costs: Sequence[int], losses: Sequence[float]) -> list[float]:
+def hull_slopes(costs: Sequence[float], losses: Sequence[float]) -> list[float]:
     """What a parameter saves between each rung and the next, on the lower convex hull of the rungs.
 
     Args:

@@ -7,7 +7,8 @@ from .ladder import Ladder, climb
 from .registry import ALLOCATIONS
 
 
-@ALLOCATIONS.register("pareto", needs_profiles=True, needs_curvature=False, takes_tolerance=True)
+@ALLOCATIONS.register("pareto", profile="weights", takes_tolerance=True)
+@ALLOCATIONS.register("pareto_outputs", profile="outputs", takes_tolerance=True)
 def pareto(
     shapes: Mapping[str, LinearShape], profiles: Mapping[str, SVDProfile], budget: Budget, rank_multiple: int
 ) -> RankPlan:
@@ -15,6 +16,9 @@ def pareto(
 
     With a `tolerance`, ε is given. With a `parameter_reduction`, ε is the smallest that keeps the parameters within
     the budget. A layer that factors would not make smaller stays dense, with error 0.
+
+    As `"pareto"`, errors are those of the plain weights, as in the paper; as `"pareto_outputs"`, of the outputs on the
+    calibration set.
 
     Args:
         shapes: by layer name, in model order.

@@ -2,7 +2,7 @@
 
 from .anchored import AnchoredRecorder
 from .curvature import measure_curvature
-from .data import calibration_fingerprint, load_calibration_set
+from .data import calibration_fingerprint, is_causal, load_calibration_set
 from .gram import GramRecorder, InputSurvey, measured_by_outputs
 from .walk import BlockWalk, InMemory, Replay, Step, Weights
 
@@ -15,8 +15,9 @@ __all__ = [
     "InputSurvey",
     "Replay",
     "Step",
-    "calibration_fingerprint",
     "Weights",
+    "calibration_fingerprint",
+    "is_causal",
     "load_calibration_set",
     "measure_curvature",
     "measured_by_outputs",

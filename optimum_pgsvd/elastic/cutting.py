@@ -47,9 +47,10 @@ def check_cut(request: PGSVDConfig, made: PGSVDConfig) -> None:
             "this checkpoint is compressed already and is not elastic: load it without quantization_config, or "
             "compress the dense model anew, with elastic=True for a checkpoint that can be cut when it is loaded"
         )
-    if request.needs_curvature:
+    if request.needs_curvature or request.profile == "outputs":
+        measured = "gradients" if request.needs_curvature else "outputs"
         raise ConfigError(
-            f"objective={request.objective!r} with allocation={request.allocation!r} measures gradients, and a "
+            f"objective={request.objective!r} with allocation={request.allocation!r} measures {measured}, and a "
             "checkpoint is cut without data; cut it with allocation='pareto', or compress the dense model"
         )
     default = PGSVDConfig(parameter_reduction=0).to_dict()
@@ -109,7 +110,7 @@ def plan_cut(model: PreTrainedModel, request: PGSVDConfig, quantizer: LowRankQua
     layers = stored_layers(model, side, quantizer)
     profiles = {name: layer.profile for name, layer in layers.items()}
     targets = find_targets(model, request, layers)
-    plan = plan_ranks(model, targets, request, profiles=profiles)
+    plan = plan_ranks(targets, request, profiles)
     check_stored(plan, layers)
     config = cut_config(made, request, {layers[name].name: rank for name, rank in plan.ranks.items()})
     factored = {name: layers[name].name for name in plan.ranks if layers[name].dense}

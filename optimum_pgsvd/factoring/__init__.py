@@ -1,29 +1,38 @@
 """Factoring: one walk over the blocks, in which every planned layer is measured, solved and replaced."""
 
+from .at_plan import compressed_at, cut, plan_at
 from .blocks import factor, report_on
 from .job import Clock, InPlace, Job, Measuring, everything, undone_on_error
 from .measuring import measured, profiles_of
-from .ordered import Ordered, cut, ordered_factors, plan_at, request_at
+from .once import Activations, Kept, Once, Ordered, keep_moments, ordered_factors, request_at
+from .profiles import loss_profiles, output_profiles, planning_profiles
 from .request import Calibration, calibration_of, refuse_absent_weights
-from .sensitivity import curvature_of, loss_profiles, refuse_without_gradients
+from .sensitivity import curvature_of, refuse_without_gradients
 
 
 __all__ = [
+    "Activations",
     "Calibration",
     "Clock",
     "InPlace",
     "Job",
+    "Kept",
     "Measuring",
+    "Once",
     "Ordered",
     "calibration_of",
+    "compressed_at",
     "curvature_of",
     "cut",
     "everything",
     "factor",
+    "keep_moments",
     "loss_profiles",
     "measured",
     "ordered_factors",
+    "output_profiles",
     "plan_at",
+    "planning_profiles",
     "profiles_of",
     "refuse_absent_weights",
     "refuse_without_gradients",

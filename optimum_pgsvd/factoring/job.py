@@ -16,7 +16,6 @@ from ..calibration import InMemory, Weights
 from ..config import PGSVDConfig
 from ..distributed import Peers
 from ..elastic import Elastic
-from ..measurements import Measurements
 from ..modeling_pgsvd import set_submodule
 from ..report import LayerReport
 from ..structures import LayerPlan, RankPlan
@@ -68,11 +67,23 @@ class Destination(Surroundings, Protocol):
         ...
 
 
-class InPlace:
-    """The model in memory takes the factors."""
+class MomentsMade(Protocol):
+    """Moments that were measured before, on disk or in memory."""
 
-    def __init__(self) -> None:
-        self.weights: Weights = InMemory()
+    def of_block(self, targets: Sequence[Target]) -> Any:
+        """What there is of some layers of one block: has `tokens`, `moments`, `goal` and `sum_over`."""
+        ...
+
+
+class InPlace:
+    """The model in memory takes the factors.
+
+    Args:
+        weights: where its weights come from, if they are not all in memory and are only to be read.
+    """
+
+    def __init__(self, weights: Weights | None = None) -> None:
+        self.weights = weights or InMemory()
 
     def is_finished(self, block: str | None) -> bool:
         """Nothing was done before."""
@@ -149,7 +160,7 @@ class Job(Measuring):
     """
 
     destination: Destination
-    measurements: Measurements | None = None
+    measurements: MomentsMade | None = None
     elastic: Elastic | None = None
     curvature: Mapping[str, Tensor] = field(default_factory=dict)
 

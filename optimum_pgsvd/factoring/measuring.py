@@ -11,7 +11,6 @@ from torch import nn
 from ..calibration import AnchoredRecorder, BlockWalk, GramRecorder, InputSurvey, Step, Weights, measured_by_outputs
 from ..distributed import Peers
 from ..errors import CalibrationError
-from ..measurements import StoredMoments
 from ..solvers import SOLVERS
 from ..structures import SVDProfile
 from ..targets import Target
@@ -22,7 +21,7 @@ from .layer import check_reached, unreached
 def read(job: Job) -> Iterator[Step]:
     """Every block, and what lies outside of all, with what was measured of them before, if the solver needs it."""
 
-    def recorder_of(block: str | None) -> StoredMoments | None:
+    def recorder_of(block: str | None) -> Any:
         return job.measurements.of_block(job.in_block(block)) if job.measurements else None
 
     for block in job.blocks:

@@ -7,6 +7,7 @@ One layout throughout: a weight is `W (m, n)` with m output and n input features
 
 from .als import alternating_least_squares
 from .anchor import anchored_weight
+from .leading_errors import inner_products_by_rank, output_errors_by_rank
 from .means import about_means, corrected_bias
 from .pivoting import INDEX, pivoted
 from .precision import working_dtype
@@ -19,7 +20,7 @@ from .relative_error import (
     relative_output_error,
     relative_weight_error,
 )
-from .spectra import relative_tails, singular_values, symmetric_eigen
+from .spectra import output_spectrum, relative_tails, singular_values, symmetric_eigen
 from .svd import balanced, truncated_svd
 from .weighted import weighted_projection, weighted_spectrum
 
@@ -33,8 +34,11 @@ __all__ = [
     "anchored_weight",
     "balanced",
     "corrected_bias",
+    "inner_products_by_rank",
     "mirror_upper",
+    "output_errors_by_rank",
     "output_projection",
+    "output_spectrum",
     "pivoted",
     "pseudo_inverse",
     "projection_of_outputs",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .precision import working_dtype
-from .products import self_product
+from .products import output_moment, self_product
 
 
 def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,6 +37,30 @@ def singular_values(weight: Tensor) -> Tensor:
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
     moment = self_product(tall, working_dtype(weight.dtype))
     return torch.linalg.eigvalsh(moment).flip(0).clamp_(min=0).sqrt_()
+
+
+def output_spectrum(weight: Tensor, moment: Tensor) -> Tensor:
+    """Singular values of a layer's outputs `W Xᵀ`, the same as of `W G^½`, largest first.
+
+    `Σ_{i>r} σ_i²` is the least `‖(W − left right) Xᵀ‖²` of rank r. In float64: in the rounding of float32, outlier
+    features would drown the others. Values below 1e-8 of the largest, or 3e-4 of it where the moment was summed in
+    float32, are rounding noise.
+
+    Args:
+        weight: `(m, n)`, any floating dtype.
+        moment: `G (n, n)`, or for m < n `W G Wᵀ (m, m)`.
+
+    Returns:
+        `(min(m, n),)` float64, descending.
+    """
+    m, n = weight.shape
+    if len(moment) != n:
+        outputs = moment.double()
+    elif m <= n:
+        outputs = output_moment(weight, moment)
+    else:  # W = Q R, and Q turns outputs only
+        outputs = output_moment(torch.linalg.qr(weight.double(), mode="r")[1], moment, triangular=True)
+    return torch.linalg.eigvalsh(outputs).flip(0).clamp_(min=0).sqrt_()
 
 
 def relative_tails(values: Tensor) -> Tensor:

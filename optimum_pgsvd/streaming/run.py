@@ -15,8 +15,16 @@ from transformers.utils import logging
 from ..config import PGSVDConfig
 from ..distributed import Peers
 from ..errors import CalibrationError, CheckpointError, ConfigError
-from ..factoring import Calibration, Clock, Job, calibration_of, factor, refuse_without_gradients, report_on
-from ..measurements import profiles_at_hand
+from ..factoring import (
+    Calibration,
+    Clock,
+    Job,
+    calibration_of,
+    factor,
+    planning_profiles,
+    refuse_without_gradients,
+    report_on,
+)
 from ..planning import check_budgets, plan_ranks
 from ..replace import replace_linear
 from ..report import REPORT_NAME, CompressionReport, LayerReport, ModelSize, environment
@@ -63,6 +71,7 @@ def compress_checkpoint(
         The report.
     """
     run = Run.of(source, config, Options(tokenizer or config.tokenizer, **options))
+    refuse_unmeasured_outputs(config, run.calibration)
     peers = Peers()
     with Workspace(output, peers) as work:
         if run.options.resume and (report := peers.from_main(lambda: finished_report(work.output, run.request))):
@@ -163,9 +172,9 @@ class Run:
         """A new plan, on disk; and before it, with an elastic checkpoint, the profiles that it was made from."""
         model = self.source.model
         with self.clock("plan"), weights:
-            profiles = profiles_at_hand(model, self.targets, self.config, self.calibration.measurements, weights)
-            plan = plan_ranks(model, self.targets, self.config, weights, profiles)
-        if elastic is not None and profiles is not None:
+            profiles = planning_profiles(model, self.targets, self.config, self.calibration, weights)
+            plan = plan_ranks(self.targets, self.config, profiles)
+        if elastic is not None:
             work.peers.from_main(lambda: elastic.begin(plan, profiles))
         work.keep_plan(plan)
         return plan
@@ -272,6 +281,16 @@ def refuse_sampling(config: PGSVDConfig) -> None:
         raise CalibrationError(
             "dataset='self' samples token by token from the whole model, which is not in memory while its checkpoint "
             "is compressed; give texts, or load the model to compress it"
+        )
+
+
+def refuse_unmeasured_outputs(config: PGSVDConfig, calibration: Calibration) -> None:
+    """Raise `ConfigError` where ranks are to be chosen by outputs that the model would first have to give."""
+    if config.profile == "outputs" and calibration.measurements is None:
+        raise ConfigError(
+            f"allocation={config.allocation!r} chooses ranks by the outputs of all layers, and while a checkpoint is "
+            "compressed on disk only those of one block are known; measure it first (`optimum-cli pgsvd measure`) and "
+            "give that folder as dataset, or compress the model in memory"
         )
 
 

@@ -6,13 +6,23 @@ import copy
 from typing import Any
 
 import pytest
+import reference
 import torch
 from models import FAMILIES, Batch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_pgsvd import ConfigError, PGSVDCompressor, PGSVDConfig, UnsupportedModelError, linalg
-from optimum_pgsvd.factoring import Ordered, calibration_of, cut, ordered_factors, plan_at, request_at
+from optimum_pgsvd.factoring import (
+    Ordered,
+    calibration_of,
+    compressed_at,
+    cut,
+    keep_moments,
+    ordered_factors,
+    plan_at,
+    request_at,
+)
 from optimum_pgsvd.modeling_pgsvd import low_rank_layers
 from optimum_pgsvd.planning import given_ranks
 from optimum_pgsvd.targets import find_targets
@@ -59,6 +69,15 @@ def outputs(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model(**batch)[0]
 
 
+def inputs_of(model: PreTrainedModel, name: str, batches: list[Batch]) -> list[Tensor]:
+    seen: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_hook(lambda module, args, result: seen.append(args[0].detach()))
+    for batch in batches:
+        outputs(model, batch)
+    hook.remove()
+    return seen
+
+
 def assert_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert list(found) == list(expected)
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
@@ -81,6 +100,30 @@ def test_a_cut_is_what_compressing_gives(name: str, solver: str) -> None:
             assert {n: layer.rank for n, layer in low_rank_layers(model).items()} == {
                 n: layer.rank for n, layer in low_rank_layers(expected).items()
             }
+
+
+@pytest.mark.parametrize("objective", ["outputs", "loss"])
+def test_what_is_left_of_the_outputs_is_what_compressing_reports(objective: str) -> None:
+    model, config = FAMILIES["llama"].build(), config_for("llama", objective=objective)
+    ordered = ordered_of(model, config)
+    for reduction in (0.1, 0.4):
+        request = request_at(config, parameter_reduction=reduction)
+        report = PGSVDCompressor(request).compress(copy.deepcopy(model))
+        for layer in report.layers:
+            if layer.rank is not None:
+                seen = ordered.activations[layer.name]
+                assert float(seen.errors[layer.rank]) == pytest.approx(layer.activation_error, abs=1e-6)
+                assert seen.tokens == layer.tokens
+
+
+def test_norms_of_inputs_and_outputs_are_those_of_a_plain_pass() -> None:
+    model, config = FAMILIES["gpt2"].build(), config_for("gpt2")
+    ordered = ordered_of(model, config)
+    for name, seen in ordered.activations.items():
+        inputs = [x.reshape(-1, x.shape[-1]).double() for x in inputs_of(model, name, config.dataset)]
+        weight = model.get_submodule(name).weight.detach().double()
+        assert seen.input_norm == pytest.approx(reference.norm(torch.cat(inputs)), rel=1e-5)
+        assert seen.output_norm == pytest.approx(reference.norm(torch.cat(inputs) @ weight), rel=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{"objective": "loss"}, {"allocation": "loss"}, {"storage": "pivoted"}])
@@ -161,8 +204,6 @@ def test_the_dense_layers_are_back_whatever_happens() -> None:
 
 
 def test_measurements_take_the_place_of_a_walk(dense, texts, tmp_path) -> None:
-    from transformers import AutoModelForCausalLM
-
     config = PGSVDConfig(parameter_reduction=0.0, dataset=texts, sequence_length=16)
     PGSVDCompressor(config).measure_checkpoint(dense, tmp_path / "stats")
     model = AutoModelForCausalLM.from_pretrained(dense)
@@ -171,7 +212,10 @@ def test_measurements_take_the_place_of_a_walk(dense, texts, tmp_path) -> None:
     for name, factors in walked.factors.items():
         assert torch.equal(factors.left, read.factors[name].left)
         assert torch.equal(factors.right, read.factors[name].right)
-    assert walked.tokens == read.tokens
+    for name, seen in walked.activations.items():
+        again = read.activations[name]
+        assert (seen.tokens, seen.input_norm, seen.output_norm) == (again.tokens, again.input_norm, again.output_norm)
+        assert torch.equal(seen.errors, again.errors)
     with pytest.raises(ConfigError, match="measures gradients, and the measurements that are the dataset hold none"):
         ordered_of(model, request_at(config, parameter_reduction=0.0, dataset=str(tmp_path / "stats")), ("loss",))
 
@@ -202,7 +246,9 @@ def test_more_than_there_is_is_refused() -> None:
     ):
         pass
     assert not low_rank_layers(model)
-    with pytest.raises(ConfigError, match=r"give allocations=\['loss'\] when the factors are made"):
+    with pytest.raises(
+        ConfigError, match=r"of loss, which were not measured: give allocations=\['loss'\] beforehand"
+    ):
         plan_at(model, ordered, request_at(config_for("llama"), parameter_reduction=0.3, allocation="loss"))
     plan = plan_at(model, ordered, request_at(config, parameter_reduction=0.3))
     with cut(model, ordered, plan), pytest.raises(UnsupportedModelError, match="compressed already"):
@@ -212,8 +258,62 @@ def test_more_than_there_is_is_refused() -> None:
 def test_a_layer_that_was_not_decomposed_is_refused() -> None:
     model, config = FAMILIES["clip"].build(), config_for("clip", solver="svd")
     request = request_at(config, parameter_reduction=0.3, groups={"visual_projection": {"parameter_reduction": 0.5}})
-    with pytest.raises(ConfigError, match="compresses visual_projection, which was no target when the factors"):
+    with pytest.raises(ConfigError, match="compresses visual_projection, which was no target when the model"):
         plan_at(model, ordered_of(model, config), request)
     ordered = ordered_of(model, request)
     with cut(model, ordered, plan_at(model, ordered, request)):
         assert "visual_projection" in low_rank_layers(model)
+
+
+# Solved anew at each plan, from moments that are kept
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"solver": "als", "num_iterations": 3},
+        {"solver": "eigh"},
+        {"solver": "svd"},
+        {"storage": "pivoted"},
+        {"correct_bias": True},
+        {"objective": "loss"},
+        {"allocation": "pareto_outputs"},
+    ],
+    ids=str,
+)
+def test_from_kept_moments_any_request_is_what_compressing_gives(fields: dict[str, Any]) -> None:
+    """To the last bit of every weight, with the same report, while the model runs no more."""
+    model, config = FAMILIES["gpt2"].build(), config_for("gpt2", **fields)
+    targets = find_targets(model, config)
+    kept = keep_moments(model, targets, config, calibration_of(model, targets, config))
+    for reduction in (0.1, 0.4):
+        request = request_at(config, parameter_reduction=reduction)
+        expected = copy.deepcopy(model)
+        report = PGSVDCompressor(request).compress(expected)
+        before = dict(model.named_modules())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(model), "forward", None)
+            with compressed_at(model, kept, plan_at(model, kept, request)) as layers:
+                assert_bit_equal(weights(model), weights(expected))
+                errors = {layer.name: layer.activation_error for layer in layers}
+        assert errors == {layer.name: layer.activation_error for layer in report.layers if layer.rank is not None}
+        assert dict(model.named_modules()) == before
+
+
+def test_kept_moments_may_come_from_disk(dense, texts, tmp_path) -> None:
+    config = PGSVDConfig(parameter_reduction=0.3, dataset=texts, sequence_length=16, solver="als", num_iterations=2)
+    PGSVDCompressor(config).measure_checkpoint(dense, tmp_path / "stats")
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    request = request_at(config, parameter_reduction=0.3, dataset=str(tmp_path / "stats"))
+    targets = find_targets(model, request)
+    kept = keep_moments(model, targets, request, calibration_of(model, targets, request))
+    expected = compressed(model, config)
+    with compressed_at(model, kept, plan_at(model, kept, request)):
+        assert_bit_equal(weights(model), weights(expected))
+
+
+def test_what_depends_on_the_ranks_before_it_cannot_be_kept() -> None:
+    model, config = FAMILIES["llama"].build(), config_for("llama", calibration="anchored")
+    targets = find_targets(model, config)
+    with pytest.raises(ConfigError, match="needs calibration='parallel'"):
+        keep_moments(model, targets, config, calibration_of(model, targets, config))
