@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import transformers
@@ -23,13 +24,15 @@ from .factoring import (
     calibration_of,
     curvature_of,
     factor,
+    plan_towers,
     planning_profiles,
     refuse_absent_weights,
     report_on,
+    towers_to_share,
     undone_on_error,
 )
 from .measurements import Measurements, measurements_of
-from .planning import check_budgets, check_request, plan_ranks
+from .planning import check_budgets, check_request, plan_ranks, refuse_without_search
 from .replace import mark_compressed
 from .report import CompressionReport, ModelSize
 from .saving import attach_artifacts
@@ -110,6 +113,8 @@ class PGSVDCompressor(OptimumQuantizer):
         refuse_absent_weights(model)
         targets = find_targets(model, self.config)
         check_request(model, targets, self.config)
+        if self.config.searched:
+            towers_to_share(model, targets, self.config)
         with clock("data"):
             calibration = calibration_of(model, targets, self.config, tokenizer)
         curvature: dict[str, Tensor] = {}
@@ -118,7 +123,10 @@ class PGSVDCompressor(OptimumQuantizer):
                 curvature = curvature_of(model, targets, self.config, calibration)
         with clock("plan"):
             profiles = planning_profiles(model, targets, self.config, calibration, curvature=curvature)
-            plan = plan_ranks(targets, self.config, profiles)
+        if self.config.searched:
+            plan, search = plan_towers(model, targets, self.config, calibration, clock)
+        else:
+            plan, search = plan_ranks(targets, self.config, profiles), {}
         elastic = Elastic(profiles) if self.config.elastic else None
         job = Job(
             model, targets, plan, calibration.batches, self.config, clock, InPlace(),
@@ -128,7 +136,7 @@ class PGSVDCompressor(OptimumQuantizer):
         with undone_on_error(model, targets, undo):
             layers, notes = factor(job)
         mark_compressed(model, self.config)
-        report = report_on(job, layers, notes, before, model)
+        report = replace(report_on(job, layers, notes, before, model), search=search)
         attach_artifacts(model, report, tokenizer or self.config.tokenizer, elastic)
         return report
 
@@ -289,6 +297,7 @@ def planned(model: PreTrainedModel, config: PGSVDConfig, weights: Weights | None
     """The plan for a model, from measurements where the config names them, else from its weights."""
     targets = find_targets(model, config)
     check_budgets(targets, config)
+    refuse_without_search(config)
     profiles = planning_profiles(model, targets, config, Calibration([], measurements_of(targets, config)), weights)
     plan = plan_ranks(targets, config, profiles)
     return CompressionReport.of_plan(plan, targets, model, config.to_dict())

@@ -184,6 +184,11 @@ class PGSVDConfig(LowRankConfig):
         return None if self.ranks is not None else ALLOCATIONS.trait(self.allocation, "profile")
 
     @property
+    def searched(self) -> bool:
+        """Whether the model is to be run to find how its towers share the budget."""
+        return self.ranks is None and self.allocation == "towers"
+
+    @property
     def needs_curvature(self) -> bool:
         """Whether gradients are to be measured."""
         return self.objective == "loss" or self.profile == "loss"
@@ -318,8 +323,8 @@ class PGSVDConfig(LowRankConfig):
 
     def _validate_profile(self) -> None:
         """What is measured on a calibration set needs one."""
-        if self.profile in ("outputs", "loss") and not self.needs_dataset:
-            measured = "gradients" if self.profile == "loss" else "outputs"
+        if (self.searched or self.profile in ("outputs", "loss")) and not self.needs_dataset:
+            measured = {"loss": "gradients", "outputs": "outputs"}.get(self.profile or "", "predictions")
             raise ConfigError(
                 f"allocation={self.allocation!r} measures {measured} on a calibration set, and solver={self.solver!r} "
                 "uses none; use solver='eigh'"
@@ -366,6 +371,12 @@ class PGSVDConfig(LowRankConfig):
             at_least_one(f"ranks[{glob!r}]", rank)
         for glob, budget in self.groups.items():
             group_budget(glob, budget)
+        if self.searched and self.tolerance is not None:
+            raise ConfigError(
+                f"allocation='towers' finds the tolerances that meet a parameter_reduction, and "
+                f"tolerance={self.tolerance} fixes them: give a parameter_reduction, or a tolerance for each tower in "
+                "groups with allocation='pareto'"
+            )
         tolerances = [self.tolerance, *(budget.get("tolerance") for budget in self.groups.values())]
         given_tolerance = any(tolerance is not None for tolerance in tolerances)
         if given_tolerance and not ALLOCATIONS.trait(self.allocation, "takes_tolerance"):

@@ -504,5 +504,6 @@ def test_an_unknown_allocation_lists_the_known_ones():
         "loss": ("loss", False),
         "pareto": ("weights", True),
         "pareto_outputs": ("outputs", True),
+        "towers": ("weights", True),
         "uniform": (None, False),
     }

@@ -246,9 +246,7 @@ def test_more_than_there_is_is_refused() -> None:
     ):
         pass
     assert not low_rank_layers(model)
-    with pytest.raises(
-        ConfigError, match=r"of loss, which were not measured: give allocations=\['loss'\] beforehand"
-    ):
+    with pytest.raises(ConfigError, match=r"of loss, which were not measured: give allocations=\['loss'\] beforehand"):
         plan_at(model, ordered, request_at(config_for("llama"), parameter_reduction=0.3, allocation="loss"))
     plan = plan_at(model, ordered, request_at(config, parameter_reduction=0.3))
     with cut(model, ordered, plan), pytest.raises(UnsupportedModelError, match="compressed already"):

@@ -3,7 +3,9 @@
 from .anchored import AnchoredRecorder
 from .curvature import measure_curvature
 from .data import calibration_fingerprint, is_causal, load_calibration_set
+from .forward import evaluating
 from .gram import GramRecorder, InputSurvey, measured_by_outputs
+from .predictions import divergence, predict, rows, spread
 from .walk import BlockWalk, InMemory, Replay, Step, Weights
 
 
@@ -17,8 +19,13 @@ __all__ = [
     "Step",
     "Weights",
     "calibration_fingerprint",
+    "divergence",
+    "evaluating",
     "is_causal",
     "load_calibration_set",
     "measure_curvature",
     "measured_by_outputs",
+    "predict",
+    "rows",
+    "spread",
 ]

@@ -8,6 +8,7 @@ from .once import Activations, Kept, Once, Ordered, keep_moments, ordered_factor
 from .profiles import loss_profiles, output_profiles, planning_profiles
 from .request import Calibration, calibration_of, refuse_absent_weights
 from .sensitivity import curvature_of, refuse_without_gradients
+from .towers import plan_towers, towers_to_share
 
 
 __all__ = [
@@ -32,11 +33,13 @@ __all__ = [
     "ordered_factors",
     "output_profiles",
     "plan_at",
+    "plan_towers",
     "planning_profiles",
     "profiles_of",
     "refuse_absent_weights",
     "refuse_without_gradients",
     "report_on",
     "request_at",
+    "towers_to_share",
     "undone_on_error",
 ]
