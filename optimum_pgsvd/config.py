@@ -35,8 +35,8 @@ class PGSVDConfig(LowRankConfig):
         ranks: rank by layer name or glob, at least 1; layers that nothing matches stay dense.
         allocation: how ranks are chosen: `"pareto"` (PGSVD: one ε for all layers of a group), `"pareto_outputs"` (the
             same, ε being the error of each layer's outputs on the calibration set), `"loss"` (by how much the model's
-            predictions depend on each layer, measured with gradients) or `"uniform"` (the same fraction of every
-            layer).
+            predictions depend on each layer, measured with gradients), `"towers"` (one ε for each tower of the
+            model, found by a search on what it predicts) or `"uniform"` (the same fraction of every layer).
         solver: how factors are found: `"eigh"` (closed-form optimum), `"als"` (the paper's Algorithm 1, which
             approaches it) or `"svd"` (truncated SVD, needs no dataset).
         objective: what the factors of a layer minimise: `"outputs"` (the paper: the error of its outputs) or `"loss"`

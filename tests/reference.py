@@ -178,6 +178,13 @@ def one_tolerance_for_all(options: Mapping[str, list[Option]], limit: int) -> Ch
     return max((plan for plan in plans if kept(plan) <= limit), key=kept, default=None)
 
 
+def scaled(options: Mapping[str, list[Option]], scales: Mapping[str, float]) -> dict[str, list[Option]]:
+    """Options whose errors are in units of the scale of their layer."""
+    return {
+        name: [Option(o.rank, o.parameters, o.error / scales[name]) for o in layer] for name, layer in options.items()
+    }
+
+
 def every_choice(options: Mapping[str, list[Option]]) -> Iterator[Choice]:
     """All combinations of the layers' options."""
     for combination in itertools.product(*options.values()):
@@ -381,3 +388,27 @@ def anchored_weight_and_bias(
     goals = torch.cat([anchor @ weight.T, pull @ weight.T])
     both = torch.linalg.lstsq(rows, goals, driver="gelsd").solution
     return both[:-1].T, both[-1]
+
+
+# Predictions
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """Of one row."""
+    largest = max(logits)
+    powers = [math.exp(value - largest) for value in logits]
+    return [power / math.fsum(powers) for power in powers]
+
+
+def kl_of_softmax(dense: Tensor, compressed: Tensor) -> float:
+    """The Kullback–Leibler divergence of the softmax of logits `(N, V)`, in nats, summed over the rows."""
+    total = 0.0
+    for row, other in zip(dense.double().tolist(), compressed.double().tolist(), strict=True):
+        total += math.fsum(p * math.log(p / q) for p, q in zip(softmax(row), softmax(other), strict=True))
+    return total
+
+
+def kl_of_normal(dense: Tensor, compressed: Tensor) -> float:
+    """That of normal distributions of unit variance with these means."""
+    pairs = zip(dense.double().flatten().tolist(), compressed.double().flatten().tolist(), strict=True)
+    return math.fsum((a - b) ** 2 / 2 for a, b in pairs)

@@ -171,8 +171,13 @@ def surprise(outputs: Any, mask: Tensor | None, draws: torch.Generator) -> Tenso
     """
     logits = [value for key, value in outputs.items() if "logits" in key and isinstance(value, Tensor)]
     if not logits:
-        return normal_surprise(real(outputs[0], mask), draws)
+        return normal_surprise(real(first_states(outputs), mask), draws)
     return sum((categorical_surprise(real(value, mask), draws) for value in logits), logits[0].new_zeros(()))
+
+
+def first_states(outputs: Any) -> Tensor:
+    """The first of a model's outputs that is not its loss."""
+    return next(value for key, value in outputs.items() if key != "loss" and isinstance(value, Tensor))
 
 
 def categorical_surprise(logits: Tensor, draws: torch.Generator) -> Tensor:

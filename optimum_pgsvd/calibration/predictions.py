@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .curvature import predicted, real
+from .curvature import first_states, predicted, real
 from .forward import forward
 
 
@@ -19,7 +19,8 @@ class Predictions:
 
     Args:
         logits: of each output that is named logits, `(N, V)` float32, padding left out.
-        mean: the first output `(N, V)` of a model without any: the mean of a normal distribution of unit variance.
+        mean: of a model without any, its first output `(N, V)` but for a loss: mean of a normal distribution of unit
+            variance.
     """
 
     logits: tuple[Tensor, ...] = ()
@@ -41,7 +42,7 @@ def predict(model: Any, batch: Mapping[str, Any], number: int) -> Predictions:
     outputs, mask = forward(model, batch, number, True), predicted(model, batch)
     logits = [value for key, value in outputs.items() if "logits" in key and isinstance(value, Tensor)]
     if not logits:
-        return Predictions(mean=real(outputs[0], mask).float())
+        return Predictions(mean=real(first_states(outputs), mask).float())
     return Predictions(tuple(real(value, mask).float() for value in logits))
 
 

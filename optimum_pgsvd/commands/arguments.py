@@ -34,7 +34,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     how.add_argument(
         "--best", action="store_true", help="the most accurate settings (PGSVDConfig.best) instead of the paper's"
     )
-    how.add_argument("--allocation", help="pareto (PGSVD, default), pareto_outputs, loss or uniform")
+    how.add_argument("--allocation", help="pareto (PGSVD, default), pareto_outputs, towers, loss or uniform")
     how.add_argument(
         "--group",
         nargs=2,
