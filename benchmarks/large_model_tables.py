@@ -57,14 +57,20 @@ def of_block(cells: list[dict[str, Any]], **key: Any) -> dict[str, Any] | None:
 def block() -> str:
     """One block: the whole compression over its forward pass, and SVD-LLM's recipe over ours."""
     cells = read_cells(RESULTS / "block_time.json")
-    head = "| calibration tokens | forward pass, s | compressing, s | over the forward pass | SVD-LLM, s | over ours |"
+    head = (
+        "| calibration tokens | forward pass, s | compressing, s | over the forward pass | SVD-LLM, s | over ours "
+        "| shared inputs once |"
+    )
     lines = []
     for ours in [c for c in cells if c["part"] == "ours"]:
         forward = of_block(cells, sequences=ours["sequences"], part="forward")
         peer = of_block(cells, sequences=ours["sequences"], part="svd_llm")
         assert forward is not None
         ratio, tokens = ours["seconds"] / forward["seconds"], f"{ours['tokens']:,}, {ours['reduction']:.0%} removed"
-        other = f"{peer['seconds']:.0f} | {peer['seconds'] / ours['seconds']:.2f}" if peer else "not run |"
+        times = (peer["seconds"], peer["seconds_grams_shared"]) if peer else ()
+        other = " | ".join(
+            [f"{peer['seconds']:.0f}" if peer else "not run", *(f"{t / ours['seconds']:.2f}" for t in times)]
+        )
         lines.append(f"| {tokens} | {forward['seconds']:.1f} | {ours['seconds']:.0f} | {ratio:.2f} | {other} |")
     return rows(head, lines)
 

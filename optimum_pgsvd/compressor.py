@@ -32,8 +32,9 @@ from .factoring import (
     undone_on_error,
 )
 from .measurements import Measurements, measurements_of
-from .planning import check_budgets, check_request, plan_ranks, refuse_without_search
-from .replace import mark_compressed
+from .modeling_pgsvd import put_experts_back
+from .planning import check_budgets, check_request, plan_ranks, refuse_elastic_experts, refuse_without_search
+from .replace import experts_apart, mark_compressed
 from .report import CompressionReport, ModelSize
 from .saving import attach_artifacts
 from .streaming import (
@@ -43,7 +44,7 @@ from .streaming import (
     compress_checkpoint,
     measure_checkpoint,
 )
-from .targets import find_blocks, find_targets
+from .targets import Targets, find_blocks, find_targets
 
 
 class PGSVDCompressor(OptimumQuantizer):
@@ -86,6 +87,7 @@ class PGSVDCompressor(OptimumQuantizer):
             PGSVDError: as `plan`, or the checkpoint cannot be read.
         """
         streamed = self._streamed(source, **options)
+        streamed.take_experts_apart()
         with StreamedWeights(streamed, find_blocks(streamed.model)) as weights:
             return planned(streamed.model, self.config, weights)
 
@@ -108,10 +110,17 @@ class PGSVDCompressor(OptimumQuantizer):
         Raises:
             PGSVDError: see `optimum_pgsvd.errors`.
         """
+        refuse_absent_weights(model)
+        with experts_apart(model) as fused:
+            targets = find_targets(model, self.config)
+            put_experts_back(model, fused, targets.names)
+            refuse_elastic_experts(model, self.config)
+            return self._compress(model, targets, tokenizer, undo)
+
+    def _compress(self, model: PreTrainedModel, targets: Targets, tokenizer: Any, undo: bool) -> CompressionReport:
+        """See `compress`."""
         clock = Clock()
         before = ModelSize.of(model)
-        refuse_absent_weights(model)
-        targets = find_targets(model, self.config)
         check_request(model, targets, self.config)
         if self.config.searched:
             towers_to_share(model, targets, self.config)
@@ -295,9 +304,11 @@ def model_class(name: str | os.PathLike, **options: Any) -> Any:
 
 def planned(model: PreTrainedModel, config: PGSVDConfig, weights: Weights | None = None) -> CompressionReport:
     """The plan for a model, from measurements where the config names them, else from its weights."""
-    targets = find_targets(model, config)
-    check_budgets(targets, config)
-    refuse_without_search(config)
-    profiles = planning_profiles(model, targets, config, Calibration([], measurements_of(targets, config)), weights)
-    plan = plan_ranks(targets, config, profiles)
-    return CompressionReport.of_plan(plan, targets, model, config.to_dict())
+    with experts_apart(model):
+        targets = find_targets(model, config)
+        check_budgets(targets, config)
+        refuse_without_search(config)
+        at_hand = Calibration([], measurements_of(targets, config))
+        profiles = planning_profiles(model, targets, config, at_hand, weights)
+        plan = plan_ranks(targets, config, profiles)
+        return CompressionReport.of_plan(plan, targets, model, config.to_dict())

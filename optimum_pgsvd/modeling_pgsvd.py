@@ -8,6 +8,7 @@ A compressed layer holds `W ≈ left @ right` as two plain linears: `right` (in_
 what makes the other rows of them as another, `coefficients`.
 """
 
+import copy
 import re
 from typing import Any
 
@@ -219,6 +220,127 @@ class PivotedLinear(LowRankLayer):
 LAYERS: dict[str, type[LowRankLayer]] = {"factors": LowRankLinear, "pivoted": PivotedLinear}
 
 
+class Expert(nn.Module):
+    """The matrices of one expert as linears: `gate_up`, or `up` where experts have no gate, and `down`."""
+
+    def __init__(self, linears: dict[str, nn.Linear]):
+        super().__init__()
+        for name, linear in linears.items():
+            self.add_module(name, linear)
+
+
+class LinearExperts(nn.ModuleList):
+    """The experts of a mixture, each with linears of its own, in the place of a module that holds them all as one.
+
+    transformers stacks the matrices of all experts into one parameter with three dimensions. Taken apart, each is a
+    linear like any other, and shares its memory with the stack it was a part of.
+
+    Args:
+        fused: the stock module, for which `is_fused`; it is not changed.
+
+    Attributes:
+        stock: that module without its weights, which knows all else about the experts; in a tuple, so that it is no
+            submodule.
+    """
+
+    def __init__(self, fused: Any):
+        super().__init__(Expert(linears_of(fused, number)) for number in range(len(fused.down_proj)))
+        shell = copy.copy(fused)
+        shell._parameters = {
+            name: nn.Parameter(value.detach().to("meta"), value.requires_grad)
+            for name, value in fused.named_parameters()
+        }
+        self.stock = (shell,)
+        self.train(fused.training)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What each token's experts make of it, weighted and summed.
+
+        Args:
+            hidden_states: `(tokens, hidden)`.
+            top_k_index: `(tokens, k)`, the experts of each token.
+            top_k_weights: `(tokens, k)`.
+
+        Returns:
+            `(tokens, hidden)`.
+        """
+        chosen, k = top_k_index.flatten(), top_k_index.shape[-1]
+        order = chosen.argsort(stable=True)
+        rows = hidden_states[order // k].split(chosen.bincount(minlength=len(self)).tolist())
+        made = torch.cat([self.apply_to(expert, part) for expert, part in zip(self, rows, strict=True) if len(part)])
+        weighted = made[order.argsort()] * top_k_weights.reshape(-1, 1)
+        return weighted.view(*hidden_states.shape[:1], k, -1).sum(1).to(hidden_states.dtype)
+
+    def apply_to(self, expert: Any, rows: Tensor) -> Tensor:
+        """What one expert makes of the tokens that chose it, `(tokens, hidden)`."""
+        (stock,) = self.stock
+        inner = stock._apply_gate(expert.gate_up(rows)) if stock.has_gate else stock.act_fn(expert.up(rows))
+        return expert.down(inner)
+
+    @torch.no_grad()
+    def fused(self) -> nn.Module:
+        """The stock module with the weights of these linears, stacked; all must be dense."""
+        whole = copy.copy(self.stock[0])
+        whole._parameters = {}
+        for name, like in self.stock[0].named_parameters():
+            linears = [getattr(expert, name.split("_proj")[0]) for expert in self]
+            parts = [linear.bias if name.endswith("_bias") else linear.weight for linear in linears]
+            parts = [part.T if part.dim() == 2 and whole.is_transposed else part for part in parts]
+            whole._parameters[name] = nn.Parameter(torch.stack(parts), like.requires_grad)
+        return whole.train(self.training)
+
+
+def linears_of(fused: Any, number: int) -> dict[str, nn.Linear]:
+    """The matrices of one of fused experts as linears, in the memory of the whole."""
+    linears = {}
+    for name in ("gate_up", "down") if fused.has_gate else ("up", "down"):
+        stack = getattr(fused, f"{name}_proj")
+        weight, bias = stack.detach()[number], getattr(fused, f"{name}_proj_bias", None)
+        weight = weight.T if fused.is_transposed else weight
+        rows, columns = weight.shape
+        linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight, stack.requires_grad)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach()[number], bias.requires_grad)
+        linears[name] = linear
+    return linears
+
+
+def is_fused(module: Any) -> bool:
+    """Whether a module holds experts in the way that all of transformers' own kernels for them take."""
+    if not hasattr(module, "has_gate") or getattr(module, "has_post_expert_norm", False):
+        return False
+    names = {"gate_up_proj" if module.has_gate else "up_proj", "down_proj"}
+    biases = {f"{name}_bias" for name in names} if module.has_bias else set()
+    parameters = dict(module.named_parameters())
+    return parameters.keys() == names | biases and all(parameters[name].dim() == 3 for name in names)
+
+
+def take_experts_apart(model: nn.Module) -> dict[str, nn.Module]:
+    """Give every expert of a model linears of its own.
+
+    Returns:
+        The fused modules in whose place they are, by name.
+    """
+    fused = {name: module for name, module in model.named_modules() if is_fused(module)}
+    for name, module in fused.items():
+        set_submodule(model, name, LinearExperts(module))
+    return fused
+
+
+def put_experts_back(model: nn.Module, fused: dict[str, nn.Module], needed) -> None:
+    """Put the fused experts of a model back in their places, but for those with a layer that is needed apart.
+
+    Args:
+        model: changed in place.
+        fused: of `take_experts_apart`.
+        needed: names of layers.
+    """
+    for name, module in fused.items():
+        if not any(layer.startswith(f"{name}.") for layer in needed):
+            set_submodule(model, name, module.train(model.get_submodule(name).training))
+
+
 class LowRankConfig(QuantizationConfigMixin):
     """What loading needs of a checkpoint's `quantization_config`; every other field is kept as it is.
 
@@ -267,11 +389,14 @@ class LowRankQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
+            fused = take_experts_apart(model)
             names = model_names(model, self.quantization_config.ranks, self)
+            put_experts_back(model, fused, names)
             layer = LAYERS[self.quantization_config.storage]
             for name, rank in names.items():
                 set_submodule(model, name, layer.like(model.get_submodule(name), rank, device="meta"))
             tripwires = {rf"^{re.escape(name)}\.weight$" for name in names}
+            tripwires |= {rf"^{re.escape(name)}\.\w+_proj$" for name in apart_experts(model)}
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *tripwires}
             check_factors_while_loading(model)
         return model
@@ -282,24 +407,18 @@ class LowRankQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model):
-        """The state to save, with the ranks brought up to date and a tripwire for every layer.
-
-        A tripwire is a one-element tensor under the name of a layer's dense weight. Where this code is not registered,
-        or is not asked because one tower is loaded by a config of its own, transformers would build dense layers and
-        leave them at random; the tripwire's shape makes it raise instead.
-        """
+        """The state to save, with the ranks brought up to date and a tripwire for every layer."""
         layers = low_rank_layers(model)
         names = checkpoint_names(model, layers)
         self.quantization_config.ranks = {names[name]: layer.rank for name, layer in layers.items()}
-        state = model.state_dict()
-        for name, layer in layers.items():
-            state[f"{name}.weight"] = torch.zeros(1, dtype=layer.first.weight.dtype)
-        return state, {}
+        return {**model.state_dict(), **tripwires(model)}, {}
 
     def _dequantize(self, model, dtype=None):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in low_rank_layers(model).items():
             set_submodule(model, name, layer.to_dense(dtype or layer.first.weight.dtype))
+        for name, experts in apart_experts(model).items():
+            set_submodule(model, name, experts.fused())
         return model
 
     def remove_quantization_config(self, model):
@@ -314,6 +433,36 @@ class LowRankQuantizer(HfQuantizer):
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLayer]:
     """The low-rank layers of a model by name, in model order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+
+
+def apart_experts(model: nn.Module) -> dict[str, LinearExperts]:
+    """The experts of a model that are taken apart, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LinearExperts)}
+
+
+def tripwires(model: Any) -> dict[str, Tensor]:
+    """One-element tensors under the names of the dense weights of compressed layers and of experts taken apart.
+
+    Where this code is not registered, or is not asked because one tower is loaded by a config of its own, transformers
+    would build dense layers and leave them at random; the tripwire's shape makes it raise instead.
+    """
+    wires = {f"{name}.weight": layer.first.weight for name, layer in low_rank_layers(model).items()}
+    for name, experts in apart_experts(model).items():
+        wires[stored_expert(model, f"{name}.down_proj")] = next(experts.parameters())
+    return {name: torch.zeros(1, dtype=like.dtype) for name, like in wires.items()}
+
+
+def stored_expert(model: Any, name: str) -> str:
+    """A name under which a dense checkpoint may hold a part of fused experts: one that makes, or is, the whole."""
+    from transformers.core_model_loading import WeightConverter
+
+    for conversion in getattr(model, "_weight_conversions", None) or ():
+        if isinstance(conversion, WeightConverter):
+            for target in conversion.target_patterns:
+                plain = target.replace("\\", "")
+                if name.endswith(plain):
+                    return name.removesuffix(plain) + conversion.source_patterns[0].replace("\\", "").replace("*", "0")
+    return name
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:

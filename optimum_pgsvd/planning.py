@@ -18,6 +18,7 @@ from .config import PGSVDConfig
 from .distributed import Peers
 from .errors import ConfigError, NonFiniteError
 from .linalg import singular_values
+from .modeling_pgsvd import apart_experts
 from .structures import Budget, LayerPlan, LinearShape, RankPlan, SVDProfile
 from .targets import Target, Targets, first_match
 
@@ -86,6 +87,15 @@ def check_budgets(targets: Targets, config: PGSVDConfig) -> None:
         given_ranks(targets.shapes, config.ranks)
     else:
         budget_groups(targets, config)
+
+
+def refuse_elastic_experts(model: nn.Module, config: PGSVDConfig) -> None:
+    """Raise `ConfigError` where experts that are taken apart are to be cut later."""
+    if config.elastic and (apart := apart_experts(model)):
+        raise ConfigError(
+            f"elastic=True cannot hold the experts of {next(iter(apart))}; list them in modules_to_not_convert, or "
+            "compress once for each budget"
+        )
 
 
 def budget_groups(targets: Targets, config: PGSVDConfig) -> dict[str, tuple[dict[str, LinearShape], Budget]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,16 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from .config import PGSVDConfig
-from .modeling_pgsvd import LAYERS, LowRankLayer, checkpoint_names, low_rank_layers, set_submodule
+from .modeling_pgsvd import (
+    LAYERS,
+    LowRankLayer,
+    apart_experts,
+    checkpoint_names,
+    low_rank_layers,
+    put_experts_back,
+    set_submodule,
+    take_experts_apart,
+)
 from .structures import StoredFactors
 
 
@@ -42,6 +53,36 @@ def replace_linear(model: nn.Module, name: str, factors: StoredFactors) -> LowRa
         layer.biased.bias = dense.bias
     set_submodule(model, name, layer)
     return layer
+
+
+@contextmanager
+def experts_apart(model: nn.Module) -> Iterator[dict[str, nn.Module]]:
+    """A context in which every expert of a model has linears of its own.
+
+    Afterwards the experts are fused again, but for those of which a layer is of low rank.
+
+    Args:
+        model: changed in place.
+
+    Yields:
+        The fused modules, for `put_experts_back`.
+    """
+    fused = take_experts_apart(model)
+    try:
+        yield fused
+    finally:
+        put_experts_back(model, fused, low_rank_layers(model))
+        fused.clear()
+        for experts in apart_experts(model).values():
+            part_memory(experts)
+
+
+@torch.no_grad()
+def part_memory(module: nn.Module) -> None:
+    """Give every parameter that is a part of a larger tensor memory of its own, so that the whole can go."""
+    for parameter in module.parameters():
+        if not parameter.is_meta and parameter.untyped_storage().nbytes() > parameter.nbytes:
+            parameter.data = parameter.clone(memory_format=torch.contiguous_format)
 
 
 def mark_compressed(model: PreTrainedModel, config: PGSVDConfig) -> PGSVDConfig:

@@ -197,7 +197,7 @@ def _reasons(model: nn.Module, owners: Counter[int]) -> dict[str, str]:
                 f"{name}.{inner}": "inside nn.MultiheadAttention" for inner, _ in module.named_modules() if inner
             }
         if _fused_experts(module):
-            reasons[name] = "fused experts are not supported yet"
+            reasons[name] = "fused experts of a kind of their own"
         if isinstance(module, LINEAR_TYPES) and name not in reasons:
             if module in heads:
                 reasons[name] = "output head"

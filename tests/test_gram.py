@@ -351,7 +351,7 @@ def test_moments_of_outputs_of_one_plain_forward(family: Family) -> None:
         for batch in batches:
             plain_forward(model, batch)
     by_outputs = {name for name, value in moments.items() if value.gram is None}
-    assert bool(by_outputs) == (family.name not in ("mixtral", "gpt_oss"))  # whose experts are no linears
+    assert bool(by_outputs) == (family.name not in ("mixtral", "gpt_oss"))  # whose experts are not taken apart here
     for name, value in moments.items():
         x, weight = torch.cat(inputs.rows[name]), dense_weight(model, name).double()
         torch.testing.assert_close(value.energies, (x.T @ x).diagonal(), rtol=1e-5, atol=0)

@@ -5,8 +5,9 @@ from .curvature import measure_curvature
 from .data import calibration_fingerprint, is_causal, load_calibration_set
 from .forward import evaluating
 from .gram import GramRecorder, InputSurvey, measured_by_outputs
+from .passes import Replay, Step
 from .predictions import divergence, predict, rows, spread
-from .walk import BlockWalk, InMemory, Replay, Step, Weights
+from .walk import BlockWalk, InMemory, Weights
 
 
 __all__ = [

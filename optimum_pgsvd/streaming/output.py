@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +18,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ..config import PGSVDConfig
 from ..distributed import Peers
 from ..errors import CheckpointError
-from ..modeling_pgsvd import LAYERS, checkpoint_names, low_rank_layers, set_submodule
+from ..modeling_pgsvd import LAYERS, apart_experts, checkpoint_names, low_rank_layers, set_submodule, tripwires
 from ..replace import mark_compressed
 from ..report import CompressionReport
 from ..saving import attach_artifacts
@@ -58,7 +57,8 @@ class CompressedCheckpoint:
     ):
         self.folder, self.peers, self.elastic = folder, peers, elastic
         self.outline = outline(model, plan, config)
-        state = with_tripwires(self.outline, self.outline.state_dict())
+        self._tripwires = tripwires(self.outline)
+        state = {**self.outline.state_dict(), **self._tripwires}
         for name in self.outline._keys_to_ignore_on_save or ():
             state.pop(name, None)
         state = remove_tied_weights_from_state_dict(state, self.outline)
@@ -80,7 +80,8 @@ class CompressedCheckpoint:
         if not self.peers.is_main:
             return
         names = {name for name in self._stored if wanted(name)}
-        state = {name: value for name, value in with_tripwires(model, model.state_dict()).items() if name in names}
+        held = {**model.state_dict(), **self._fused_again(model, wanted), **self._tripwires}
+        state = {name: value for name, value in held.items() if name in names}
         if missing := names - state.keys():
             raise CheckpointError(f"the plan makes {min(missing)} part of the model, and there is none in it")
         for name, value in revert_weight_conversion(self.outline, state).items():
@@ -88,6 +89,16 @@ class CompressedCheckpoint:
         self._writer.sync()
         if self.elastic is not None:
             self.elastic.sync()
+
+    def _fused_again(self, model: PreTrainedModel, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The weights of the wanted experts that were taken apart and are not in the checkpoint."""
+        kept = apart_experts(self.outline)
+        return {
+            f"{name}.{key}": value
+            for name, experts in apart_experts(model).items()
+            if name not in kept and wanted(f"{name}.")
+            for key, value in experts.fused().state_dict().items()
+        }
 
     def read_factors(self, names: Sequence[str]) -> dict[str, StoredFactors]:
         """The factors of layers that an earlier run wrote."""
@@ -129,11 +140,8 @@ def outline(model: PreTrainedModel, plan: RankPlan, config: PGSVDConfig) -> PreT
     for name, rank in plan.ranks.items():
         layer = LAYERS[config.storage].like(compressed.get_submodule(name), rank, device="meta")
         set_submodule(compressed, name, layer)
+    for name, experts in apart_experts(compressed).items():
+        if not low_rank_layers(experts):
+            set_submodule(compressed, name, experts.stock[0])
     mark_compressed(compressed, config)
     return compressed
-
-
-def with_tripwires(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state with the one-element tensors that stand for dense weights, as `LowRankQuantizer` saves them."""
-    wires = {f"{name}.weight": layer.first.weight.dtype for name, layer in low_rank_layers(model).items()}
-    return {**state, **{name: torch.zeros(1, dtype=dtype) for name, dtype in wires.items()}}

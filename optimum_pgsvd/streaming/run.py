@@ -25,7 +25,7 @@ from ..factoring import (
     refuse_without_gradients,
     report_on,
 )
-from ..planning import check_budgets, plan_ranks, refuse_without_search
+from ..planning import check_budgets, plan_ranks, refuse_elastic_experts, refuse_without_search
 from ..replace import replace_linear
 from ..report import REPORT_NAME, CompressionReport, LayerReport, ModelSize, environment
 from ..saving import load_report, remember_commit
@@ -117,7 +117,10 @@ class Run:
         free_at_once()
         check_shard_size(options.max_shard_size)
         remember_commit(source.model, source.files)
+        source.take_experts_apart()
         targets = find_targets(source.model, config)
+        source.fuse_experts(targets.names)
+        refuse_elastic_experts(source.model, config)
         check_budgets(targets, config)
         refuse_sampling(config)
         refuse_without_search(config)

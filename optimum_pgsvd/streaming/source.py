@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.hub import extract_commit_hash
 
 from ..errors import CheckpointError
+from ..modeling_pgsvd import apart_experts, linears_of, put_experts_back, set_submodule, take_experts_apart
 from .meta_model import build_on_meta, emptied, initialise_the_rest, match_keys, names_in, owners_of_tensors, put
 from .process import give_memory_back, in_one_thread, without_progress_bars
 from .stored import file_fingerprint, find_config, find_weights, read_ahead, read_header, read_json
@@ -73,7 +75,22 @@ class StreamedModel:
         self._keys = match_keys(self.model, self._stored)
         self._initialised = initialise_the_rest(self.model, self._keys, self.device)
         self._wanted: set[str] = set()
+        self._fused: dict[str, nn.Module] = {}
         self._tie_what_is_equal()
+
+    def take_experts_apart(self) -> None:
+        """Give every expert linears of its own, which are loaded like any others."""
+        self._fused |= take_experts_apart(self.model)
+
+    def fuse_experts(self, needed: Collection[str]) -> None:
+        """Let the experts of which no layer is needed apart be one again.
+
+        Args:
+            needed: names of layers.
+        """
+        put_experts_back(self.model, self._fused, needed)
+        apart = apart_experts(self.model)
+        self._fused = {name: module for name, module in self._fused.items() if name in apart}
 
     def load(self, name: str) -> None:
         """Make the parameters and persistent buffers of a submodule resident.
@@ -133,7 +150,8 @@ class StreamedModel:
             AttributeError: the model has no such submodule.
         """
         self.model.get_submodule(name)
-        tied = {owner for _, owners in owners_of_tensors(self.model) if names_in(name, owners) for owner in owners}
+        with self._whole(self._fused):
+            tied = {owner for _, owners in owners_of_tensors(self.model) if names_in(name, owners) for owner in owners}
         tensors = {self._stored[key] for made in tied & self._keys.keys() for key in self._keys[made]}
         if hasattr(os, "posix_fadvise"):
             threading.Thread(target=read_ahead, args=(tensors,), name="read ahead", daemon=True).start()
@@ -154,23 +172,40 @@ class StreamedModel:
         """Make tensors resident, each with those it is tied to."""
         names, before = set(names), set(self._wanted)
         self._wanted |= names
-        # Of several tied tensors, a checkpoint may hold any.
-        found = {
-            next(name for name in owners if name in self._keys): owners
-            for tensor, owners in owners_of_tensors(self.model)
-            if tensor.is_meta and not names.isdisjoint(owners) and not self._keys.keys().isdisjoint(owners)
-        }
-        keys = {key for name in found for key in self._keys[name]}
+        absent = {name for name in self._fused if any(p.is_meta for p in self.model.get_submodule(name).parameters())}
+        with self._whole({name: self._fused[name] for name in absent if names_in(name, names)}):
+            # Of several tied tensors, a checkpoint may hold any.
+            found = {
+                next(name for name in owners if name in self._keys): owners
+                for tensor, owners in owners_of_tensors(self.model)
+                if tensor.is_meta and not names.isdisjoint(owners) and not self._keys.keys().isdisjoint(owners)
+            }
+            keys = {key for name in found for key in self._keys[name]}
+            try:
+                self._read(keys, found)
+                for name, owners in found.items():
+                    put(self.model, owners, self.model.get_parameter_or_buffer(name))
+            except BaseException:
+                self._wanted = before
+                raise
+            finally:  # what one conversion made besides, or a failed one left
+                self._drop_unwanted(name for name in self._keys if not keys.isdisjoint(self._keys[name]))
+        give_memory_back()
+
+    @contextmanager
+    def _whole(self, fused: Mapping[str, nn.Module]) -> Iterator[None]:
+        """A context in which experts are as the checkpoint has them; what is loaded meanwhile goes to their parts."""
+        apart = {name: self.model.get_submodule(name) for name in fused}
         try:
-            self._read(keys, found)
-            for name, owners in found.items():
-                put(self.model, owners, self.model.get_parameter_or_buffer(name))
-        except BaseException:
-            self._wanted = before
-            raise
-        finally:  # what one conversion made besides, or a failed one left
-            self._drop_unwanted(name for name in self._keys if not keys.isdisjoint(self._keys[name]))
-            give_memory_back()
+            for name, module in fused.items():
+                set_submodule(self.model, name, module)
+            yield
+        finally:
+            for name, module in fused.items():
+                hand_out(module, apart[name])
+                for key, parameter in module.named_parameters():
+                    setattr(module, key, emptied(parameter, "meta"))
+                set_submodule(self.model, name, apart[name])
 
     def _read(self, keys: Collection[str], names: Iterable[str]) -> None:
         """Let transformers' loader make some of the model's tensors from some of the checkpoint's."""
@@ -205,3 +240,13 @@ class StreamedModel:
             self._load(names)
             self.model.tie_weights(missing_keys=set(self._names - self._keys.keys()), recompute_mapping=False)
             self.release("")
+
+
+def hand_out(fused: nn.Module, experts: Any) -> None:
+    """Give experts that are taken apart, where they are on the meta device, what was loaded of them as a whole."""
+    for number, expert in enumerate(experts):
+        for name, linear in linears_of(fused, number).items():
+            for key, value in linear.named_parameters():
+                part = getattr(expert, name)
+                if isinstance(part, nn.Linear) and not value.is_meta and getattr(part, key).is_meta:
+                    setattr(part, key, value)
