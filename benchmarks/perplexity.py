@@ -67,13 +67,13 @@ def cases() -> dict[str, tuple[Path, list[str], list[str], int]]:
     return found
 
 
-def perplexity(model: Any, windows: Any) -> float:
-    """Per token, over windows `(N, WINDOW)`."""
+def perplexity(model: Any, windows: Any, batch_size: int = 16) -> float:
+    """Per token, over windows `(N, length)`."""
     import torch
 
     total = 0.0
     with torch.no_grad():
-        for batch in windows.split(16):
+        for batch in windows.split(batch_size):
             total += model(input_ids=batch, labels=batch).loss.item() * len(batch)
     return math.exp(total / len(windows))
 
