@@ -24,15 +24,15 @@ from .factoring import (
     calibration_of,
     curvature_of,
     factor,
+    found_targets,
+    gradient_energies_of,
     plan_towers,
     planning_profiles,
-    refuse_absent_weights,
     report_on,
     towers_to_share,
     undone_on_error,
 )
 from .measurements import Measurements, measurements_of
-from .modeling_pgsvd import put_experts_back
 from .planning import check_budgets, check_request, plan_ranks, refuse_elastic_experts, refuse_without_search
 from .replace import experts_apart, mark_compressed
 from .report import CompressionReport, ModelSize
@@ -110,10 +110,7 @@ class PGSVDCompressor(OptimumQuantizer):
         Raises:
             PGSVDError: see `optimum_pgsvd.errors`.
         """
-        refuse_absent_weights(model)
-        with experts_apart(model) as fused:
-            targets = find_targets(model, self.config)
-            put_experts_back(model, fused, targets.names)
+        with found_targets(model, self.config) as targets:
             refuse_elastic_experts(model, self.config)
             return self._compress(model, targets, tokenizer, undo)
 
@@ -127,9 +124,13 @@ class PGSVDCompressor(OptimumQuantizer):
         with clock("data"):
             calibration = calibration_of(model, targets, self.config, tokenizer)
         curvature: dict[str, Tensor] = {}
-        if self.config.needs_curvature:
+        energies: dict[str, Tensor] = {}
+        if self.config.needs_gradients:
             with clock("gradients"):
-                curvature = curvature_of(model, targets, self.config, calibration)
+                if self.config.needs_curvature:
+                    curvature = curvature_of(model, targets, self.config, calibration)
+                if self.config.needs_gradient_energies:
+                    energies = gradient_energies_of(model, targets, self.config, calibration)
         with clock("plan"):
             profiles = planning_profiles(model, targets, self.config, calibration, curvature=curvature)
         if self.config.searched:
@@ -140,7 +141,7 @@ class PGSVDCompressor(OptimumQuantizer):
         job = Job(
             model, targets, plan, calibration.batches, self.config, clock, InPlace(),
             measurements=calibration.measurements, elastic=elastic,
-            curvature=curvature if self.config.objective == "loss" else {},
+            gradients=curvature if self.config.objective == "loss" else energies,
         )  # fmt: skip
         with undone_on_error(model, targets, undo):
             layers, notes = factor(job)

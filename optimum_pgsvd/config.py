@@ -35,10 +35,13 @@ class PGSVDConfig(LowRankConfig):
         ranks: rank by layer name or glob, at least 1; layers that nothing matches stay dense.
         allocation: how ranks are chosen: `"pareto"` (PGSVD: one ε for all layers of a group), `"pareto_outputs"` (the
             same, ε being the error of each layer's outputs on the calibration set), `"loss"` (by how much the model's
-            predictions depend on each layer, measured with gradients), `"towers"` (one ε for each tower of the
-            model, found by a search on what it predicts) or `"uniform"` (the same fraction of every layer).
+            predictions depend on each layer, measured with gradients), `"towers"` (one ε for each tower of the model,
+            found by a search on what it predicts), `"uniform"` (the same fraction of every layer) or `"svd_llm_v2"`
+            (of layers of one type, less of those whose outputs lose more).
         solver: how factors are found: `"eigh"` (closed-form optimum), `"als"` (the paper's Algorithm 1, which
-            approaches it) or `"svd"` (truncated SVD, needs no dataset).
+            approaches it) or `"svd"` (truncated SVD, needs no dataset); or as in other papers, to compare with:
+            `"svd_llm"` (the same optimum by an inverse, where there is one), `"asvd"` or `"fwsvd"` (truncated SVD with
+            input features scaled by their absolute values, or by gradients of their weights).
         objective: what the factors of a layer minimise: `"outputs"` (the paper: the error of its outputs) or `"loss"`
             (that error measured by what it costs the model's predictions, with gradients).
         num_iterations: ALS sweeps, at least 1; the paper uses 10. Other solvers ignore it.
@@ -71,8 +74,7 @@ class PGSVDConfig(LowRankConfig):
         self_contained: save a copy of the loading code with the checkpoint, so that it loads with
             `trust_remote_code=True` where this package is not installed.
         elastic: save beside the weights what it takes to cut the checkpoint further, without data, when it is loaded.
-            Needs `calibration="parallel"` and a solver whose components come in order of importance: `"eigh"` or
-            `"svd"`.
+            Needs `calibration="parallel"` and a solver whose components come in order of importance: any but `"als"`.
         format_version: set in the config of a compressed model, whose `ranks` are the result, by the name of each
             layer in the checkpoint; the other fields are then a record of how it was made.
         quant_method: always `"pgsvd"`.
@@ -176,7 +178,7 @@ class PGSVDConfig(LowRankConfig):
     @property
     def needs_dataset(self) -> bool:
         """Whether the solver asks for calibration inputs."""
-        return SOLVERS.trait(self.solver, "needs_gram")
+        return SOLVERS.trait(self.solver, "needs") is not None
 
     @property
     def profile(self) -> str | None:
@@ -190,8 +192,18 @@ class PGSVDConfig(LowRankConfig):
 
     @property
     def needs_curvature(self) -> bool:
-        """Whether gradients are to be measured."""
+        """Whether gradients at the outputs of layers are to be measured."""
         return self.objective == "loss" or self.profile == "loss"
+
+    @property
+    def needs_gradient_energies(self) -> bool:
+        """Whether gradients of weights are to be measured."""
+        return SOLVERS.trait(self.solver, "needs") == "gradients"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether gradients of any kind are to be measured."""
+        return self.needs_curvature or self.needs_gradient_energies
 
     def require_dataset(self) -> None:
         """Raise `CalibrationError` where the solver needs a dataset and there is none."""
@@ -270,6 +282,11 @@ class PGSVDConfig(LowRankConfig):
             raise ConfigError(f"calibration={self.calibration!r} is not known; known are {', '.join(CALIBRATIONS)}")
         if self.calibration == "anchored" and not self.needs_dataset:
             raise ConfigError(f"calibration='anchored' has no meaning with solver={self.solver!r}, which uses no data")
+        if self.calibration == "anchored" and SOLVERS.trait(self.solver, "inverts"):
+            raise ConfigError(
+                f"calibration='anchored' gives layers inputs of the low rank that compressed layers leave them, whose "
+                f"Gram matrices solver={self.solver!r} cannot invert; use solver='eigh', which finds the same factors"
+            )
         if not isinstance(self.blend, (int, float)) or isinstance(self.blend, bool) or not 0 <= self.blend <= 1:
             raise ConfigError(f"blend={self.blend!r} is outside [0, 1]")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

@@ -15,6 +15,7 @@ from .calibration import GramRecorder
 from .config import PGSVDConfig
 from .distributed import Peers
 from .errors import CalibrationError
+from .solvers import SOLVERS
 from .structures import Means, Moments, SVDProfile
 from .targets import Target, Targets
 
@@ -44,7 +45,7 @@ class StoredMoments:
         kind = self.measurements.layers[leader]["kind"]
         matrix = self.measurements.tensor(leader, kind)
         if kind == "gram":
-            moments = Moments(matrix, None, matrix.diagonal())
+            moments = Moments(matrix, None, matrix.diagonal(), magnitudes=self.magnitudes(leader))
             return moments.about(self.means(name)) if about_mean else moments
         return Moments(None, matrix, self.measurements.tensor(leader, "energies"))
 
@@ -52,6 +53,11 @@ class StoredMoments:
         """The means of a layer's inputs."""
         inputs = self.measurements.tensor(self.measurements.layers[name]["leader"], "mean")
         return Means(inputs, inputs, self.tokens[name])
+
+    def magnitudes(self, leader: str) -> Tensor | None:
+        """The mean absolute values of a leading layer's inputs, where they were measured."""
+        known = self.measurements.layers[leader].get("magnitudes")
+        return self.measurements.tensor(leader, "magnitudes") if known else None
 
     def goal(self, name: str, weight: Tensor, about_mean: bool = False) -> Tensor:
         """The weight to approximate: the layer's own."""
@@ -70,7 +76,8 @@ class Measurements:
 
     Attributes:
         layers: of each layer `tokens`, `file`, `leader` (whose input it shares, perhaps itself), and of a leader
-            `kind`: `"gram"`, with the mean of the inputs beside it, or `"outputs"`.
+            `kind`: `"gram"`, with the mean of the inputs beside it, and their `magnitudes` where they were measured,
+            or `"outputs"`.
 
     Raises:
         CalibrationError: the folder holds no measurements.
@@ -106,10 +113,15 @@ class Measurements:
                     "modules_to_not_convert, groups and ranks"
                 )
             leader = self.layers[self.layers[target.name]["leader"]]
-            if config.solver == "als" and leader["kind"] == "outputs":
+            if not SOLVERS.trait(config.solver, "takes_outputs") and leader["kind"] == "outputs":
                 raise CalibrationError(
-                    f"{self.folder} holds what solver='eigh' needs, and solver='als' needs the Gram matrices of the "
-                    f"inputs of {target.name} too; measure with solver='als'"
+                    f"{self.folder} holds what solver='eigh' needs, and solver={config.solver!r} needs the Gram "
+                    f"matrices of the inputs of {target.name} too; measure with solver={config.solver!r}"
+                )
+            if SOLVERS.trait(config.solver, "needs") == "magnitudes" and not leader.get("magnitudes"):
+                raise CalibrationError(
+                    f"{self.folder} holds no absolute values of the inputs of {target.name}, which "
+                    f"solver={config.solver!r} needs; measure with solver={config.solver!r}"
                 )
             if config.correct_bias and target.own_bias and not leader.get("mean"):
                 raise CalibrationError(
@@ -168,7 +180,10 @@ def write_block(path: str, recorder: GramRecorder, profiles: Mapping[str, SVDPro
         tensors[f"{name}.values"] = profile.values
         if leader == name:
             layers[name]["kind"] = "outputs" if name in recorder.by_outputs else "gram"
-            tensors |= {f"{name}.{kind}": value for kind, value in stored(recorder.moments(name))}
+            moments = recorder.moments(name)
+            tensors |= {f"{name}.{kind}": value for kind, value in stored(moments)}
+            if moments.magnitudes is not None:
+                layers[name]["magnitudes"] = True
             if layers[name]["kind"] == "gram":
                 layers[name]["mean"] = True
                 tensors[f"{name}.mean"] = recorder.means(name).inputs
@@ -183,6 +198,8 @@ def stored(moments: Moments) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a layer's moments by kind."""
     if moments.gram is not None:
         yield "gram", moments.gram
+    if moments.magnitudes is not None:
+        yield "magnitudes", moments.magnitudes
     if moments.outputs is not None:
         yield "outputs", moments.outputs
         yield "energies", moments.energies

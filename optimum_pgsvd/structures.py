@@ -264,12 +264,14 @@ class Moments:
         outputs: `W G Wᵀ (m, m)` of its outputs, the bias not counted.
         energies: `(n,)`, the diagonal of G.
         means: where G is about the mean.
+        magnitudes: `(n,)` float64, the mean absolute values of the inputs themselves, where they were measured.
     """
 
     gram: Tensor | None
     outputs: Tensor | None
     energies: Tensor
     means: Means | None = None
+    magnitudes: Tensor | None = None
 
     def about(self, means: Means) -> Moments:
         """The moments about the mean; as they are where the inputs are all but one, of which nothing would be left."""
@@ -277,7 +279,7 @@ class Moments:
         gram = about_means(self.gram, means.inputs, means.inputs, means.tokens)
         if float(gram.diagonal().sum()) <= LEAST_VARIANCE * float(self.gram.diagonal().sum()):
             return self
-        return Moments(gram, None, gram.diagonal(), means)
+        return Moments(gram, None, gram.diagonal(), means, self.magnitudes)
 
     @property
     def measured(self) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 import transformers as hf
 from torch import Generator, Tensor, nn
 
+from optimum_pgsvd.modeling_pgsvd import is_fused
+
 
 Batch = dict[str, Tensor]
 
@@ -48,6 +50,11 @@ class Family:
             model = self.model_class(config)
         scramble(model, generator(seed))
         return model.eval()
+
+    @property
+    def uncut(self) -> list[str]:
+        """Modules that an elastic checkpoint has to leave dense."""
+        return ["experts"] if any(is_fused(module) for module in self.build().modules()) else []
 
     def batches(self, count: int, seed: int = 0) -> list[Batch]:
         """Batches of model inputs without padding."""

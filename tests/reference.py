@@ -91,6 +91,37 @@ def als(weight: Tensor, gram: Tensor, rank: int, sweeps: int) -> Tensor:
     return left @ right
 
 
+# Baselines
+
+
+def whitened(weight: Tensor, gram: Tensor, rank: int) -> Tensor:
+    """Ŵ of SVD-LLM: the truncated SVD of `W L`, times the inverse of L, with `G = L Lᵀ`."""
+    root = torch.linalg.cholesky(gram.double())
+    return truncated(weight.double() @ root, rank) @ torch.linalg.inv(root)
+
+
+def scaled(weight: Tensor, scales: Tensor, rank: int) -> Tensor:
+    """Ŵ of ASVD and of FWSVD: each column times its scale, the truncated SVD, each column divided by its scale."""
+    return truncated(weight.double() * scales.double(), rank) / scales.double()
+
+
+def mean_magnitudes(inputs: Tensor) -> Tensor:
+    """The mean of |x| of each feature, one token after the other."""
+    total = torch.zeros(inputs.shape[1], dtype=torch.float64)
+    for token in inputs.double():
+        total += token.abs()
+    return total / len(inputs)
+
+
+def squared_gradients(losses: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """The squared gradients of some losses, each on its own, summed: of the shape of the weight, float64."""
+    total = torch.zeros(weight.shape, dtype=torch.float64)
+    for loss in losses:
+        (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True, allow_unused=True)
+        total += 0 if gradient is None else gradient.double() ** 2
+    return total
+
+
 # Pivoted storage
 
 
@@ -178,7 +209,7 @@ def one_tolerance_for_all(options: Mapping[str, list[Option]], limit: int) -> Ch
     return max((plan for plan in plans if kept(plan) <= limit), key=kept, default=None)
 
 
-def scaled(options: Mapping[str, list[Option]], scales: Mapping[str, float]) -> dict[str, list[Option]]:
+def in_units_of(options: Mapping[str, list[Option]], scales: Mapping[str, float]) -> dict[str, list[Option]]:
     """Options whose errors are in units of the scale of their layer."""
     return {
         name: [Option(o.rank, o.parameters, o.error / scales[name]) for o in layer] for name, layer in options.items()
@@ -226,6 +257,22 @@ def one_fraction_for_all(
     fractions = {Fraction(o.parameters, layer[-1].parameters) for layer in options.values() for o in layer}
     plans = [at_fraction(fraction) for fraction in fractions]
     return max((plan for plan in plans if kept(plan) <= limit), key=kept, default=None)
+
+
+def shares_of_types(
+    shapes: Mapping[str, tuple[int, int]], losses: Mapping[str, float], reduction: float
+) -> dict[str, float]:
+    """The fraction of each layer that SVD-LLM V2 removes: `N R s_i / Σ s_j` over the N layers of its type.
+
+    Layers of a type have one shape here; `s = 1 / log(1 + L)`.
+    """
+    shares = {}
+    for name in shapes:
+        kind = [part for part in name.split(".") if not part.isdigit()]
+        alike = [other for other in shapes if [part for part in other.split(".") if not part.isdigit()] == kind]
+        scores = {other: 1 / math.log(1 + losses[other]) for other in alike}
+        shares[name] = len(alike) * reduction * scores[name] / math.fsum(scores.values())
+    return shares
 
 
 def charged_options(
@@ -388,6 +435,52 @@ def anchored_weight_and_bias(
     goals = torch.cat([anchor @ weight.T, pull @ weight.T])
     both = torch.linalg.lstsq(rows, goals, driver="gelsd").solution
     return both[:-1].T, both[-1]
+
+
+# Theory
+
+
+def lower_convex_envelope(places: Sequence[float], values: Sequence[float], at: float) -> float:
+    """The greatest convex function below some points, at one of their places: the lowest of all chords over it."""
+    points = list(zip(places, values, strict=True))
+    exact = [value for place, value in points if place == at]
+    chords = [
+        y + (z - y) * (at - left) / (right - left)
+        for (left, y), (right, z) in itertools.combinations(points, 2)
+        if left <= at <= right
+    ]
+    return min(exact + chords)
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor | None = None) -> float:
+    """Mean negative log-likelihood of every token that follows another one, padding left out, one after the other."""
+    terms = []
+    for row in range(len(tokens)):
+        for place in range(1, tokens.shape[1]):
+            if mask is None or mask[row, place]:
+                scores = logits[row, place - 1].double()
+                terms.append(float(scores.logsumexp(0) - scores[tokens[row, place]]))
+    return math.fsum(terms) / len(terms)
+
+
+def contrastive_loss(similarities: Tensor) -> float:
+    """CLIP's: of square similarities of texts and images, the mean over both ways of choosing."""
+    values = similarities.double()
+    rows = [float(values[i].logsumexp(0) - values[i, i]) for i in range(len(values))]
+    columns = [float(values[:, i].logsumexp(0) - values[i, i]) for i in range(len(values))]
+    return (math.fsum(rows) / len(rows) + math.fsum(columns) / len(columns)) / 2
+
+
+def spearman(values: Sequence[float], others: Sequence[float]) -> float:
+    """The correlation of places in order, equal values at the mean of theirs."""
+
+    def place(value: float, among: Sequence[float]) -> float:
+        return sum(other < value for other in among) + (sum(other == value for other in among) + 1) / 2
+
+    x, y = ([place(value, each) for value in each] for each in (values, others))
+    mean = (len(x) + 1) / 2
+    products = math.fsum((a - mean) * (b - mean) for a, b in zip(x, y, strict=True))
+    return products / math.sqrt(math.fsum((a - mean) ** 2 for a in x) * math.fsum((b - mean) ** 2 for b in y))
 
 
 # Predictions

@@ -9,9 +9,10 @@ from cases import gaussian, orthonormal
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from optimum_pgsvd.allocation import ALLOCATIONS
+from optimum_pgsvd.allocation import ALLOCATIONS, least_surrogate
 from optimum_pgsvd.allocation.ladder import Ladder, climb, parameter_budget
 from optimum_pgsvd.allocation.loss import charges, hull_slopes
+from optimum_pgsvd.allocation.svd_llm_v2 import kind_of
 from optimum_pgsvd.errors import ConfigError
 from optimum_pgsvd.linalg import singular_values
 from optimum_pgsvd.structures import Budget, LinearShape, RankPlan, SVDProfile
@@ -493,6 +494,100 @@ def test_loss_takes_no_tolerance():
         allocate("loss", profiles, Budget(tolerance=0.1))
 
 
+# SVD-LLM V2: by type, those that lose more are compressed less
+
+
+SIZES = {"q": (40, 40), "k": (20, 40), "up": (60, 40)}
+
+
+def by_type(seed: int, scale: float = 1.0) -> dict[str, SVDProfile]:
+    """Profiles of outputs, in three types of four layers each, of which later ones are larger."""
+    profiles = {}
+    for i in range(4):
+        for j, (kind, shape) in enumerate(SIZES.items()):
+            values = 0.2 + torch.rand(min(shape), generator=torch.Generator().manual_seed(seed + 10 * i + j)).double()
+            size = scale * 10.0 ** (i / 2)
+            profiles[f"blocks.{i}.{kind}"] = SVDProfile(LinearShape(*shape), size * values.sort(descending=True)[0])
+    return profiles
+
+
+def lost_at(profile: SVDProfile, reduction: float) -> float:
+    """What is left out at the largest rank that removes a fraction."""
+    m, n = profile.shape.out_features, profile.shape.in_features
+    return reference.norm(profile.values[int((1 - reduction) * m * n / (m + n) + 1e-9) :][None])
+
+
+@many
+@given(seeds, st.sampled_from([0.2, 0.4, 0.6]), st.sampled_from([30.0, 1000.0, 0.01]))
+def test_svd_llm_v2_removes_what_its_paper_says(seed, reduction, scale):
+    """Of every layer, t times its share, or as much of it as can be, within one rank; one t for all."""
+    profiles = by_type(seed, scale)
+    shapes = {name: (p.shape.out_features, p.shape.in_features) for name, p in profiles.items()}
+    plan = allocate("svd_llm_v2", profiles, Budget(parameter_reduction=reduction))
+    losses = {name: lost_at(profile, reduction) for name, profile in profiles.items()}
+    shares = reference.shares_of_types(shapes, losses, reduction)
+    low, high = 0.0, math.inf
+    for name, layer in plan.layers.items():
+        options = options_of({name: profiles[name]}, 1)[name]
+        chosen = next(option for option in options if option.rank == layer.rank)
+        above = next_up(chosen, options)
+        removed = 1 - chosen.parameters / options[-1].parameters
+        if chosen is not options[0] and layer.rank is not None:  # it left the rung below at a larger t
+            high = min(high, removed / shares[name])
+        if above is not None:  # it would leave this one at a smaller t
+            low = max(low, (1 - above.parameters / options[-1].parameters) / shares[name])
+    assert low <= high * (1 + 1e-9)
+    if all(share <= 0.9 for share in shares.values()):  # else the others make up for what cannot be removed
+        step = max((m + n) / (m * n) for m, n in shapes.values())
+        assert (low - 1) * reduction <= step
+        assert (1 - high) * reduction <= step
+
+
+def test_svd_llm_v2_compresses_those_less_that_lose_more_of_each_type_as_much():
+    profiles = by_type(0, 100.0)
+    plan = allocate("svd_llm_v2", profiles, Budget(parameter_reduction=0.4))
+    for kind, (m, n) in SIZES.items():
+        ranks = [plan.layers[f"blocks.{i}.{kind}"].rank for i in range(4)]
+        assert ranks == sorted(ranks)
+        assert ranks[0] < ranks[-1]
+        kept = sum(plan.layers[f"blocks.{i}.{kind}"].parameters for i in range(4))
+        assert kept / (4 * m * n) == pytest.approx(0.6, abs=0.03)
+
+
+def test_svd_llm_v2_is_uniform_where_all_lose_the_same():
+    profiles = {
+        f"blocks.{i}.{kind}": SVDProfile(LinearShape(*shape), spectrum(shape, 3))
+        for i in range(3)
+        for kind, shape in SIZES.items()
+    }
+    budget = Budget(parameter_reduction=0.3)
+    assert allocate("svd_llm_v2", profiles, budget).ranks == allocate("uniform", profiles, budget).ranks
+
+
+def test_svd_llm_v2_takes_a_layer_that_loses_nothing_down_to_its_smallest_rank():
+    nothing = torch.zeros(12, dtype=torch.float64)
+    profiles = {
+        f"blocks.{i}.q": SVDProfile(LinearShape(12, 12), nothing if i == 0 else 10 * spectrum((12, 12), i))
+        for i in range(3)
+    }
+    plan = allocate("svd_llm_v2", profiles, Budget(parameter_reduction=0.5))
+    assert plan.layers["blocks.0.q"].rank == 1
+    assert min(plan.layers[f"blocks.{i}.q"].rank for i in (1, 2)) > 3
+
+
+def test_types_of_layers():
+    assert kind_of("model.layers.10.self_attn.q_proj") == kind_of("model.layers.3.self_attn.q_proj")
+    assert kind_of("layers.0.experts.1.w1") == kind_of("layers.4.experts.7.w1") == "layers.*.experts.*.w1"
+    assert kind_of("encoder.0.fc1") != kind_of("decoder.0.fc1") != kind_of("encoder.0.fc2")
+
+
+def test_svd_llm_v2_takes_no_tolerance():
+    with pytest.raises(
+        ConfigError, match="allocation='svd_llm_v2' takes parameter_reduction, not tolerance; use allo"
+    ):
+        allocate("svd_llm_v2", by_type(0), Budget(tolerance=0.1))
+
+
 # Names
 
 
@@ -504,6 +599,53 @@ def test_an_unknown_allocation_lists_the_known_ones():
         "loss": ("loss", False),
         "pareto": ("weights", True),
         "pareto_outputs": ("outputs", True),
+        "svd_llm_v2": ("outputs", False),
         "towers": ("weights", True),
         "uniform": (None, False),
     }
+
+
+# The surrogate with sensitivities of their own
+
+
+def weighted(options: dict[str, list[reference.Option]], weights: dict[str, float], dense: bool):
+    """Options with α e for e, and without dense where a layer has others and none may stay dense."""
+    return {
+        name: [
+            o._replace(error=weights[name] * o.error) for o in layer if dense or o.rank is not None or len(layer) == 1
+        ]
+        for name, layer in options.items()
+    }
+
+
+@many
+@given(shapes_of_layers, seeds, reductions, multiples, st.booleans())
+def test_the_least_surrogate_is_brute_force_but_for_one_step_of_one_layer(
+    shapes, seed, reduction, rank_multiple, dense
+):
+    profiles = profiles_of(shapes, seed)
+    weights = {name: 10.0 ** ((seed + 7 * i) % 5 - 2) for i, name in enumerate(profiles)}
+    options = weighted(options_of(profiles, rank_multiple), weights, dense)
+    limit = reference.budget(shapes, reduction)
+    least = reference.least_total_error(options, limit)
+    plain = {name: profile.shape for name, profile in profiles.items()}
+    try:
+        plan = least_surrogate(plain, profiles, weights, float(reduction), rank_multiple, dense)
+    except ConfigError:
+        plan = None
+    assert (plan is None) == (least is None)
+    assume(plan is not None)
+    chosen = choice(plan, options)
+    assert reference.kept(chosen) <= limit
+    total = math.fsum(option.error for option in chosen.values())
+    gap = max(reference.saving_of_next_vertex(chosen[name], layer) for name, layer in options.items())
+    assert least - 1e-9 * (1 + least) <= total <= least + gap + 1e-9 * (1 + least)
+
+
+def test_a_sensitive_layer_gets_more_ranks_and_equal_ones_the_same():
+    profiles = {name: SVDProfile(LinearShape(12, 12), spectrum((12, 12), 1)) for name in ("first", "second")}
+    shapes = {name: profile.shape for name, profile in profiles.items()}
+    equal = least_surrogate(shapes, profiles, {"first": 3.0, "second": 3.0}, 0.5, dense=False)
+    assert equal.layers["first"].rank == equal.layers["second"].rank == 3
+    unequal = least_surrogate(shapes, profiles, {"first": 1.0, "second": 30.0}, 0.5, dense=False)
+    assert unequal.layers["first"].rank < 3 < unequal.layers["second"].rank

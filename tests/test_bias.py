@@ -22,7 +22,7 @@ from optimum_pgsvd.errors import CalibrationError, ConfigError
 from optimum_pgsvd.factoring import Clock, InPlace, Job, factor
 from optimum_pgsvd.linalg.anchor import RIDGE
 from optimum_pgsvd.linalg.weighted import metric_root
-from optimum_pgsvd.modeling_pgsvd import LowRankLayer, low_rank_layers
+from optimum_pgsvd.modeling_pgsvd import LowRankLayer, low_rank_layers, take_experts_apart
 from optimum_pgsvd.planning import dense_weight, given_ranks
 from optimum_pgsvd.report import LayerReport
 from optimum_pgsvd.streaming import spill, weights
@@ -59,7 +59,7 @@ def factored(weight: Tensor, inputs: Tensor, rank: int, curvature: Any = None, *
     config = PGSVDConfig(dataset=batches, num_samples=10**6, ranks={"*": rank}, **{"correct_bias": True, **fields})
     targets = find_targets(model, config)
     plan = given_ranks(targets.shapes, config.ranks)
-    job = Job(model, targets, plan, batches, config, Clock(), InPlace(), curvature=curvature or {})  # type: ignore[arg-type]
+    job = Job(model, targets, plan, batches, config, Clock(), InPlace(), gradients=curvature or {})  # type: ignore[arg-type]
     report = factor(job)[0][0]
     return model.layers[0].dense, report
 
@@ -245,6 +245,7 @@ def test_errors_are_smaller_and_outputs_have_their_mean(name: str, storage: str)
     model, corrected = compressed(name, correct_bias=True, storage=storage)
     _, plain = compressed(name, storage=storage)
     dense = FAMILIES[name].build()
+    take_experts_apart(dense)
     layers = low_rank_layers(model)
     chosen = [each for each in corrected if corrected[each].bias_corrected]
     assert chosen == [each for each in corrected if layers[each].bias is not None]

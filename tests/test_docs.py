@@ -53,6 +53,21 @@ def prelude_of_a_model_in_memory():
     )
 
 
+def test_the_theory_page_runs(tmp_path, monkeypatch):
+    """Every Python block of the page in order, on the demo model."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("calibration.jsonl", "heldout.jsonl"):
+        shutil.copy(ROOT / "examples" / "demo_text" / name, tmp_path / name)
+    names: dict = {}
+    exec(compile("\n".join(snippets("docs/theory.md")).replace("path/or/repo", str(DEMO)), "theory.md", "exec"), names)
+    assert 0 < names["share"] <= 1
+    assert names["losses"]["pareto"] != names["losses"]["uniform"]
+    assert len(names["als"].medians) == 6
+    assert names["bounds"].bounds[0].bound > 0
+    assert names["text"].shape[1] > 1
+    assert "LowRankLinear" not in str(names["model"])
+
+
 def test_links_and_named_places_exist():
     for document in ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))):
         text = (ROOT / document).read_text(encoding="utf-8")

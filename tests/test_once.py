@@ -83,9 +83,14 @@ def assert_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("solver", ["eigh", "svd"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "clip", "albert"])
-def test_a_cut_is_what_compressing_gives(name: str, solver: str) -> None:
+def each_solver_and_family() -> list[tuple[str, str]]:
+    """Both closed forms on many families, the solvers of other papers on one."""
+    many = [(solver, name) for solver in ("eigh", "svd") for name in ("llama", "gpt2", "t5", "clip", "albert")]
+    return [*many, *((solver, "llama") for solver in ("svd_llm", "asvd", "fwsvd"))]
+
+
+@pytest.mark.parametrize(("solver", "name"), each_solver_and_family())
+def test_a_cut_is_what_compressing_gives(solver: str, name: str) -> None:
     """To the last bit of every weight, at every budget, from one walk."""
     model, config = FAMILIES[name].build(), config_for(name, solver=solver)
     ordered = ordered_of(model, config)
@@ -272,6 +277,7 @@ def test_a_layer_that_was_not_decomposed_is_refused() -> None:
         {"solver": "als", "num_iterations": 3},
         {"solver": "eigh"},
         {"solver": "svd"},
+        {"solver": "fwsvd"},
         {"storage": "pivoted"},
         {"correct_bias": True},
         {"objective": "loss"},

@@ -1,6 +1,7 @@
 """One contract for every solver, over every case; then what each promises beyond it."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import reference
@@ -16,6 +17,7 @@ from cases import (
     gaussian,
     orthonormal,
 )
+from torch import Tensor
 
 from optimum_pgsvd.errors import ConfigError
 from optimum_pgsvd.registry import Registry
@@ -24,13 +26,44 @@ from optimum_pgsvd.structures import LowRankFactors
 
 
 each_solver = pytest.mark.parametrize("solver", SOLVERS.names())
+# In float64; the squares of a condition of 1e9 are one of 1e18.
+SINGULAR = {
+    "fewer tokens than features", "fewer tokens than features, tall", "dead feature", "condition 1e9",
+    "condition 1e9, tall",
+}  # fmt: skip
+
+
+def can_solve(solver: str, case: Case) -> bool:
+    """Whether the solver need not invert the case's Gram matrix, or can."""
+    return not (SOLVERS.trait(solver, "inverts") and case.name in SINGULAR)
+
+
+def solvable_by(wanted: Callable[[str], bool]) -> pytest.MarkDecorator:
+    """Each of some solvers on each case that it can solve."""
+    pairs = [(solver, case) for solver in SOLVERS.names() if wanted(solver) for case in CASES]
+    kept = [pytest.param(*pair, id=f"{pair[0]}-{pair[1].name}") for pair in pairs if can_solve(*pair)]
+    return pytest.mark.parametrize(("solver", "case"), kept)
+
+
+each_solvable = solvable_by(lambda solver: True)
+
 
 ANISOTROPIC = Case("anisotropic", gaussian(24, 32, seed=30), conditioned(128, 32, 1e3, seed=31))
 
 
+def known(solver: str, case: Case) -> Tensor | None:
+    """What the solver needs to know of a case; every token is a sample, with a gradient at the outputs of its own."""
+    gradients = gaussian(*case.inputs.shape[:1], len(case.weight), seed=90)
+    return {
+        None: lambda: None,
+        "gram": lambda: case.gram,
+        "magnitudes": lambda: reference.mean_magnitudes(case.inputs),
+        "gradients": lambda: (gradients.square().sum(1, keepdim=True) * case.inputs.square()).sum(0),
+    }[SOLVERS.trait(solver, "needs")]()
+
+
 def solve(solver: str, case: Case, rank: int, num_iterations: int = 10) -> LowRankFactors:
-    gram = case.gram if SOLVERS.trait(solver, "needs_gram") else None
-    return SOLVERS[solver](case.weight, gram, rank, num_iterations)
+    return SOLVERS[solver](case.weight, known(solver, case), rank, num_iterations)
 
 
 def squared_error(case: Case, factors: LowRankFactors) -> float:
@@ -49,8 +82,7 @@ def noise(solver: str, case: Case) -> float:
 # The contract
 
 
-@each_solver
-@each_case
+@each_solvable
 def test_no_solver_goes_below_the_optimum(solver, case):
     for rank in case.ranks:
         factors = solve(solver, case, rank)
@@ -59,16 +91,14 @@ def test_no_solver_goes_below_the_optimum(solver, case):
         assert factors.rank == rank
 
 
-@each_solver
-@each_case
+@each_solvable
 def test_full_rank_reproduces_the_outputs(solver, case):
     error = squared_error(case, solve(solver, case, case.full_rank))
     noisy = solver == "als" and case.ill_conditioned
     assert error <= (ALS_NOISE_NEAR_FULL_RANK if noisy else ROUNDING) * case.energy
 
 
-@each_solver
-@each_case
+@each_solvable
 def test_two_runs_give_the_same_bytes_in_float64(solver, case):
     rank = case.light_ranks[-1]
     once, again = solve(solver, case, rank), solve(solver, case, rank)
@@ -78,8 +108,7 @@ def test_two_runs_give_the_same_bytes_in_float64(solver, case):
         assert torch.equal(a, b)
 
 
-@each_solver
-@each_case
+@each_solvable
 def test_factors_are_balanced(solver, case):
     """Component by component, unless one side of it is zero."""
     for rank in case.light_ranks:
@@ -93,21 +122,20 @@ def test_factors_are_balanced(solver, case):
 @each_solver
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_weight_is_solved_as_well_as_in_float64(solver, dtype):
-    """eigh and svd in float32, where products of factors are exact to 1e-6; ALS in float64."""
-    for case in CASES:
+    """In float32, where products of factors are exact to 1e-6; ALS and SVD-LLM, which invert, in float64."""
+    for case in [case for case in CASES if can_solve(solver, case)]:
         half = Case(case.name, case.weight.to(dtype).double(), case.inputs)
-        gram = case.gram if SOLVERS.trait(solver, "needs_gram") else None
+        needed = known(solver, case)
         for rank in case.light_ranks:
-            factors, exact = (SOLVERS[solver](w, gram, rank, 10) for w in (case.weight.to(dtype), half.weight))
-            assert factors.left.dtype == (torch.float64 if solver == "als" else torch.float32)
+            factors, exact = (SOLVERS[solver](w, needed, rank, 10) for w in (case.weight.to(dtype), half.weight))
+            assert factors.left.dtype == (torch.float64 if solver in ("als", "svd_llm") else torch.float32)
             wide = LowRankFactors(factors.left.double(), factors.right.double())
             assert squared_error(half, wide) == pytest.approx(
                 squared_error(half, exact), rel=1e-4, abs=max(noise(solver, half), 1e-11 * half.energy)
             )
 
 
-@each_solver
-@each_case
+@solvable_by(lambda solver: SOLVERS.trait(solver, "needs") in (None, "gram"))  # not what is summed token by token
 def test_turning_the_tokens_changes_nothing(solver, case):
     """X → QX, Q orthogonal: as good for the old inputs as what was found from them."""
     turned = Case(case.name, case.weight, orthonormal(len(case.inputs), len(case.inputs), seed=70) @ case.inputs)
@@ -118,8 +146,7 @@ def test_turning_the_tokens_changes_nothing(solver, case):
         )
 
 
-@each_solver
-@each_case
+@each_solvable
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_scaling_the_inputs_changes_nothing(solver, case, scale):
     scaled = Case(case.name, case.weight, scale * case.inputs)
@@ -169,8 +196,7 @@ def test_svd_is_the_best_for_the_weight_alone(case):
         assert error == pytest.approx(reference.truncation_error(case.weight, rank), rel=0, abs=1e-13)
 
 
-@pytest.mark.parametrize("solver", ["eigh", "svd"])
-@each_case
+@solvable_by(lambda solver: SOLVERS.trait(solver, "nested"))
 def test_leading_components_are_the_solution_of_a_smaller_rank(solver, case):
     """The most important component comes first, so factors may be cut."""
     rank = case.light_ranks[-1]
@@ -192,12 +218,79 @@ def test_the_error_falls_with_the_rank(solver, case):
     assert all(after <= before + measured.rounding for before, after in itertools.pairwise(errors))
 
 
+@solvable_by(lambda solver: solver == "svd_llm")
+def test_svd_llm_finds_what_its_paper_says_and_that_is_the_optimum(solver, case):
+    for rank in case.ranks:
+        factors = solve("svd_llm", case, rank)
+        product, size = factors.left @ factors.right, float(case.weight.norm())
+        expected = reference.whitened(case.weight, case.gram, rank)
+        torch.testing.assert_close(product, expected, rtol=0, atol=1e-10 * size)
+        assert squared_error(case, factors) == pytest.approx(case.least_squared_error(rank), rel=0, abs=case.rounding)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in SINGULAR], ids=repr)
+def test_svd_llm_fails_where_the_gram_matrix_is_singular(case):
+    """As its authors' users report; the closed form does not."""
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
+        solve("svd_llm", case, 2)
+    assert squared_error(case, solve("eigh", case, 2)) <= case.least_squared_error(2) + case.rounding
+
+
+def test_svd_llm_tells_rounding_from_a_feature_of_its_own():
+    """One that is the sum of others is left over as rounding, which may be of either sign; a small one is not."""
+    inputs = gaussian(96, 24, seed=91)
+    for scale in (1.0, 1e3):
+        for feature in range(4, 24):
+            dependent = inputs.clone() * scale
+            dependent[:, feature] = dependent[:, 0] + dependent[:, 1]
+            with pytest.raises(torch.linalg.LinAlgError):
+                solve("svd_llm", Case("dependent", CASES[0].weight, dependent), 3)
+            dependent[:, feature] += 1e-4 * scale * inputs[:, feature]
+            nearly = Case("nearly dependent", CASES[0].weight, dependent)
+            factors = solve("svd_llm", nearly, 3)
+            assert squared_error(nearly, factors) == pytest.approx(nearly.least_squared_error(3), rel=1e-9)
+
+
+def assert_scaled(solver: str, case: Case, scales: Tensor) -> None:
+    """A solver finds the SVD of the scaled weight, up to the 1e-10 by which it minds the weight itself."""
+    alive = scales.clamp(min=1e-6 * float(scales.max()))
+    for rank in case.ranks:
+        factors = solve(solver, case, rank)
+        expected = reference.scaled(case.weight, alive, rank)
+        size = float(case.weight.norm())
+        torch.testing.assert_close(factors.left @ factors.right, expected, rtol=0, atol=1e-9 * size)
+
+
+@each_case
+def test_asvd_finds_what_its_paper_says(case):
+    """α = 0.5; of a feature that is always zero, which the paper divides by, its limit."""
+    assert_scaled("asvd", case, reference.mean_magnitudes(case.inputs) ** 0.5)
+
+
+@each_case
+def test_fwsvd_finds_what_its_paper_says(case):
+    """A row of the paper's weight is a column of ours: importances are of input features."""
+    assert_scaled("fwsvd", case, known("fwsvd", case) ** 0.5)
+
+
+def test_scaled_inputs_are_all_that_asvd_and_fwsvd_can_know():
+    """Uncorrelated inputs whose energies are what they scale by: the optimum. Any others: not."""
+    inputs = orthonormal(96, 24, seed=92) * torch.logspace(0, 2, 24, dtype=torch.float64)
+    case = Case("uncorrelated", gaussian(24, 24, seed=93), inputs)
+    energies = inputs.square().sum(0)
+    for solver in ("asvd", "fwsvd"):
+        factors = SOLVERS[solver](case.weight, energies, 6, 10)
+        assert squared_error(case, factors) == pytest.approx(case.least_squared_error(6), rel=1e-6)
+        correlated = SOLVERS[solver](ANISOTROPIC.weight, ANISOTROPIC.inputs.square().sum(0), 6, 10)
+        assert squared_error(ANISOTROPIC, correlated) > 1.5 * ANISOTROPIC.least_squared_error(6)
+
+
 def test_only_als_iterates():
     once, ten = (solve("als", ANISOTROPIC, 8, sweeps) for sweeps in (1, 10))
     assert squared_error(ANISOTROPIC, ten) < squared_error(ANISOTROPIC, once)
     expected = reference.als(ANISOTROPIC.weight, ANISOTROPIC.gram, 8, 10)
     torch.testing.assert_close(ten.left @ ten.right, expected, rtol=0, atol=1e-8)
-    for solver in ("eigh", "svd"):
+    for solver in {*SOLVERS.names()} - {"als"}:
         assert torch.equal(solve(solver, ANISOTROPIC, 8, 1).left, solve(solver, ANISOTROPIC, 8, 10).left)
 
 
@@ -245,8 +338,15 @@ def test_an_unknown_solver_lists_the_known_ones():
     with pytest.raises(ConfigError, match="solver='qr' is not known; known are .*als.*eigh.*svd"):
         SOLVERS["qr"]
     with pytest.raises(ConfigError, match="solver='qr' is not known"):
-        SOLVERS.trait("qr", "needs_gram")
-    assert [name for name in ("als", "eigh", "svd") if SOLVERS.trait(name, "needs_gram")] == ["als", "eigh"]
+        SOLVERS.trait("qr", "needs")
+    assert {name: SOLVERS.trait(name, "needs") for name in SOLVERS.names()} == {
+        "als": "gram",
+        "asvd": "magnitudes",
+        "eigh": "gram",
+        "fwsvd": "gradients",
+        "svd": None,
+        "svd_llm": "gram",
+    }
 
 
 def test_a_registry_holds_each_name_once():

@@ -148,7 +148,7 @@ def test_scaled_tolerances_are_the_largest_plan_of_one_epsilon(scales, reduction
     limit = reference.budget(SHAPES, reduction)
     shapes = {name: profile.shape for name, profile in profiles.items()}
     plan = scaled_tolerances(shapes, profiles, float(reduction), rank_multiple, scales)
-    expected = reference.one_tolerance_for_all(reference.scaled(options, scales), limit)
+    expected = reference.one_tolerance_for_all(reference.in_units_of(options, scales), limit)
     assert expected is not None
     found = choice(plan, options)
     assert {name: option.rank for name, option in found.items()} == {name: o.rank for name, o in expected.items()}

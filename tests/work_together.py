@@ -40,6 +40,11 @@ def in_memory(folder):
         report = PGSVDCompressor(config(name, objective="loss", allocation="loss")).compress(model)
         layers = [(layer.name, layer.rank, layer.tokens, layer.activation_error) for layer in report.layers]
         found[name, "loss"] = model.state_dict(), layers
+    for solver in ("asvd", "fwsvd", "svd_llm"):
+        model = FAMILIES["llama"].build()
+        report = PGSVDCompressor(config("llama", solver=solver, allocation="pareto_outputs")).compress(model)
+        layers = [(layer.name, layer.rank, layer.tokens, layer.activation_error) for layer in report.layers]
+        found["llama", solver] = model.state_dict(), layers
     torch.save(found, os.path.join(folder, f"in_memory-{dist.get_rank() if dist.is_initialized() else 'alone'}.pt"))
 
 

@@ -9,7 +9,7 @@ An allocator takes the shapes of a group's layers, their profiles, the budget an
 * `"loss"`: of what the loss depends on, singular values of `Rᵀ W G^½` with `B = R Rᵀ`. Comparable between layers.
 """
 
-from . import loss, pareto, towers, uniform  # noqa: F401  (registers them)
+from . import loss, pareto, svd_llm_v2, towers, uniform  # noqa: F401  (registers them)
 from .ladder import Ladder, smallest
 from .loss import hull_slopes
 from .registry import ALLOCATIONS, Allocator

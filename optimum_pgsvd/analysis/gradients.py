@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from ..calibration import loss_of, predictions_in
 from ..calibration.forward import evaluating
 from ..errors import CalibrationError, NonFiniteError
-from .losses import Batch, loss_of, predictions_in
+from .losses import Batch
 
 
 @dataclass(frozen=True, eq=False)

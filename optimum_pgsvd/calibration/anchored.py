@@ -33,10 +33,18 @@ class AnchoredRecorder(GramRecorder):
         rows: leaves padding out.
         leaders: as for `GramRecorder`.
         blend: β in [0, 1].
+        with_magnitudes: of the compressed inputs, as for `GramRecorder`.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], rows: Rows, leaders: Mapping[str, str] | None, blend: float):
-        super().__init__(layers, rows, leaders)
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        rows: Rows,
+        leaders: Mapping[str, str] | None,
+        blend: float,
+        with_magnitudes: bool = False,
+    ):
+        super().__init__(layers, rows, leaders, with_magnitudes=with_magnitudes)
         self.blend, self.pairing = blend, "dense"
         self.awaited: set[str] = set()
         self._dense: dict[str, list[Tensor]] = {name: [] for name in layers}

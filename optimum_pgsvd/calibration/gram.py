@@ -15,7 +15,7 @@ from ..errors import CalibrationError, NonFiniteError
 from ..linalg import working_dtype
 from ..structures import Means, Moments
 from ..targets import weight_shape
-from .moments import SecondMoment, energies, precise
+from .moments import SecondMoment, energies, magnitudes, precise
 from .version import version
 
 
@@ -124,6 +124,7 @@ class GramRecorder(InputObserver):
         leaders: in the order of the calls; layers of one leader share their input, and the first of them that is among
             the layers keeps the matrix for all.
         by_outputs: layers whose outputs are measured instead of their inputs, see `measured_by_outputs`.
+        with_magnitudes: whether to measure the mean absolute values of inputs besides.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class GramRecorder(InputObserver):
         rows: Rows,
         leaders: Mapping[str, str] | None = None,
         by_outputs: Collection[str] = (),
+        with_magnitudes: bool = False,
     ):
         super().__init__(layers, rows)
         self.by_outputs = frozenset(by_outputs)
@@ -140,6 +142,8 @@ class GramRecorder(InputObserver):
         self.tokens = dict.fromkeys(layers, 0)
         self._moments = {name: SecondMoment() for name in layers}
         self._energies: dict[str, Tensor] = {}
+        self.with_magnitudes = with_magnitudes
+        self._magnitudes: dict[str, Tensor] = {}
         self._fed: dict[str, tuple[Tensor, int]] = {}
 
     def __enter__(self):
@@ -165,6 +169,9 @@ class GramRecorder(InputObserver):
             self._energies[name] = energies(rows) if before is None else before + energies(rows)
         elif self.leads(name, x):
             self._moments[name].add(rows)
+            if self.with_magnitudes:
+                before = self._magnitudes.get(name)
+                self._magnitudes[name] = magnitudes(rows) if before is None else before + magnitudes(rows)
 
     def leads(self, name: str, x: Tensor) -> bool:
         """Whether a layer's input is to be added; a layer that follows another must be fed the very same tensor.
@@ -201,6 +208,9 @@ class GramRecorder(InputObserver):
         if name in self.by_outputs:
             nothing = torch.zeros(shape.in_features, dtype=working_dtype(weight.dtype), device=weight.device)
             peers.sum(self._energies.setdefault(name, nothing))
+        elif self.with_magnitudes:
+            nothing = torch.zeros(shape.in_features, dtype=torch.float64, device=weight.device)
+            peers.sum(self._magnitudes.setdefault(name, nothing))
 
     def moments(self, name: str, about_mean: bool = False) -> Moments:
         """What was measured of a layer.
@@ -221,7 +231,8 @@ class GramRecorder(InputObserver):
         if name in self.by_outputs:
             check_finite(name, self._energies[name].sum())
             return Moments(None, value, self._energies[name])
-        moments = Moments(value, None, value.diagonal())
+        sizes = self._magnitudes[leader] / self.tokens[name] if self.with_magnitudes else None
+        moments = Moments(value, None, value.diagonal(), magnitudes=sizes)
         return moments.about(self.means(name)) if about_mean else moments
 
     def means(self, name: str) -> Means:

@@ -92,6 +92,14 @@ def energies(rows: Tensor) -> Tensor:
     return total
 
 
+def magnitudes(rows: Tensor) -> Tensor:
+    """The sum of the absolute values of each column of rows `(T, n)`: `(n,)` float64."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for part in rows.split(ROWS):
+        total += part.abs().sum(0, dtype=torch.float64)
+    return total
+
+
 @contextmanager
 def lossless_products(rows: Tensor) -> Iterator[None]:
     """Let a CPU multiply rows that came in bfloat16 by its bfloat16 units, summing in float32: nothing is rounded."""

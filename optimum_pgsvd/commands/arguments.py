@@ -24,17 +24,11 @@ def add_source_arguments(parser: ArgumentParser) -> None:
 def add_model_arguments(parser: ArgumentParser) -> None:
     """What to compress, and how far."""
     add_source_arguments(parser)
-    budget = parser.add_argument_group("budget", "exactly one of")
-    budget.add_argument(
-        "--parameter-reduction", type=float, help="fraction of the targets' parameters removed, 0.2 = 20 %%"
-    )
-    budget.add_argument("--tolerance", type=float, help="relative error allowed in each layer, 0 to 1")
-    budget.add_argument("--ranks", help="JSON file: rank by layer name or glob")
-    how = parser.add_argument_group("allocation", argument_default=SUPPRESS)
+    add_budget_arguments(parser)
+    how = add_allocation_arguments(parser)
     how.add_argument(
         "--best", action="store_true", help="the most accurate settings (PGSVDConfig.best) instead of the paper's"
     )
-    how.add_argument("--allocation", help="pareto (PGSVD, default), pareto_outputs, towers, loss or uniform")
     how.add_argument(
         "--group",
         nargs=2,
@@ -43,6 +37,30 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         metavar=("GLOB", "BUDGET"),
         help='a budget of its own for some layers, e.g. --group "*.mlp.*" tolerance=0.3; may be repeated',
     )
+    add_layer_arguments(how)
+
+
+def add_budget_arguments(parser: ArgumentParser) -> None:
+    """How far to compress."""
+    budget = parser.add_argument_group("budget", "exactly one of")
+    budget.add_argument(
+        "--parameter-reduction", type=float, help="fraction of the targets' parameters removed, 0.2 = 20 %%"
+    )
+    budget.add_argument("--tolerance", type=float, help="relative error allowed in each layer, 0 to 1")
+    budget.add_argument("--ranks", help="JSON file: rank by layer name or glob")
+
+
+def add_allocation_arguments(parser: ArgumentParser) -> Any:
+    """How ranks are chosen; the group of arguments, to add more to."""
+    how = parser.add_argument_group("allocation", argument_default=SUPPRESS)
+    how.add_argument(
+        "--allocation", help="pareto (PGSVD, default), pareto_outputs, towers, loss, uniform or svd_llm_v2"
+    )
+    return how
+
+
+def add_layer_arguments(how: Any) -> None:
+    """Which layers, and how they are stored."""
     how.add_argument("--storage", help="factors (default) or pivoted: fewer parameters per rank")
     how.add_argument("--modules-to-not-convert", nargs="*", help="names or globs that stay dense")
     how.add_argument("--rank-multiple", type=int, help="ranks are multiples of this (default 1)")
@@ -71,7 +89,9 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
     )
     how.add_argument("--batch-size", type=int, help="sequences in a forward pass (default 8)")
     how.add_argument("--seed", type=int, help="of the choice of samples (default 0)")
-    how.add_argument("--solver", help="eigh (closed form, default), als (the paper's) or svd (no data)")
+    how.add_argument(
+        "--solver", help="eigh (closed form, default), als (the paper's), svd (no data), svd_llm, asvd or fwsvd"
+    )
     how.add_argument("--objective", help="outputs (the paper, default) or loss (weighs errors)")
     how.add_argument("--num-iterations", type=int, help="ALS sweeps (default 10)")
 

@@ -1,4 +1,4 @@
-"""`optimum-cli pgsvd`: compress, measure, plan and inspect."""
+"""`optimum-cli pgsvd`: compress, measure, plan and inspect, and the paper's theory."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .arguments import (
     config_of,
     load_model,
 )
+from .theory import THEORY
 
 
 class CompressCommand(Command):
@@ -157,7 +158,7 @@ def wants_stream(args: Namespace, config: Any) -> bool:
 
     if args.stream is not None:
         return args.stream
-    if config.dataset == "self" or config.needs_curvature:
+    if config.dataset == "self" or config.needs_gradients:
         return False
     hub = {"revision": args.revision} if args.revision else {}
     # half as much again: factors beside their weights, activations, Gram matrices
@@ -233,4 +234,5 @@ class PGSVDCommand(BaseOptimumCLICommand):
         CommandInfo(name="measure", help=MeasureCommand.COMMAND.help, subcommand_class=MeasureCommand),
         CommandInfo(name="plan", help=PlanCommand.COMMAND.help, subcommand_class=PlanCommand),
         CommandInfo(name="inspect", help=InspectCommand.COMMAND.help, subcommand_class=InspectCommand),
+        *THEORY,
     )

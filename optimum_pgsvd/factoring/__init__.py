@@ -4,10 +4,10 @@ from .at_plan import compressed_at, cut, plan_at
 from .blocks import factor, report_on
 from .job import Clock, InPlace, Job, Measuring, everything, undone_on_error
 from .measuring import measured, profiles_of
-from .once import Activations, Kept, Once, Ordered, keep_moments, ordered_factors, request_at
+from .once import Activations, Kept, Once, Ordered, check_nested, keep_moments, ordered_factors, request_at
 from .profiles import loss_profiles, output_profiles, planning_profiles
-from .request import Calibration, calibration_of, refuse_absent_weights
-from .sensitivity import curvature_of, refuse_without_gradients
+from .request import Calibration, calibration_of, found_targets, refuse_absent_weights
+from .sensitivity import curvature_of, gradient_energies_of, refuse_without_gradients
 from .towers import plan_towers, towers_to_share
 
 
@@ -22,11 +22,14 @@ __all__ = [
     "Once",
     "Ordered",
     "calibration_of",
+    "check_nested",
     "compressed_at",
     "curvature_of",
     "cut",
     "everything",
     "factor",
+    "found_targets",
+    "gradient_energies_of",
     "keep_moments",
     "loss_profiles",
     "measured",

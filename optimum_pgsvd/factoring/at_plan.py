@@ -87,7 +87,7 @@ def compressed_at(model: PreTrainedModel, kept: Kept, plan: RankPlan) -> Iterato
     """
     job = Job(
         model, kept.targets, plan, [], kept.config, Clock(), InPlace(), measurements=kept.moments,
-        curvature=kept.curvature,
+        gradients=kept.gradients,
     )  # fmt: skip
     planned = {layer.name: layer for layer in planned_layers(plan)}
     with dense_again(model, plan.ranks):

@@ -156,13 +156,14 @@ class Job(Measuring):
     Args:
         measurements: made before, in the place of batches.
         elastic: takes the factors of the targets that stay dense.
-        curvature: of `measure_curvature`, where the factors are to minimise the loss.
+        gradients: what they say of each layer: of `curvature_of` where the factors are to minimise the loss, of
+            `gradient_energies_of` for a solver that needs them.
     """
 
     destination: Destination
     measurements: MomentsMade | None = None
     elastic: Elastic | None = None
-    curvature: Mapping[str, Tensor] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def factored(self) -> list[Target]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..calibration import GramRecorder
@@ -34,7 +35,7 @@ def factor_layer(job: Job, layer: LayerReport, recorder: Recorder | None) -> tup
     corrected = layer.name in job.corrected
     moments = recorder.moments(layer.name, corrected) if recorder else None
     goal = recorder.goal(layer.name, weight, corrected) if recorder else weight
-    solved = solve(goal, moments, job.curvature.get(layer.name), rank_to_solve(layer), config)
+    solved = solve_measured(job, layer.name, goal, moments, recorder, rank_to_solve(layer))
     factors = stored(solved, moments, config.storage, weight.dtype)
     constant, means = (0.0, 0.0), None if moments is None else moments.means
     if corrected:
@@ -54,16 +55,48 @@ def rank_to_solve(layer: LayerReport) -> int:
     return layer.rank or LinearShape(*layer.shape).largest_saving_rank
 
 
+def solve_measured(
+    job: Job, name: str, goal: Tensor, moments: Moments | None, recorder: Recorder | None, rank: int
+) -> LowRankFactors:
+    """The factors of one layer, by what was measured of it.
+
+    Raises:
+        CalibrationError: the solver inverts a Gram matrix that is singular.
+    """
+    config, inputs = job.config, goal.shape[1]
+    tokens = recorder.tokens[name] if recorder else 0
+    if SOLVERS.trait(config.solver, "inverts") and recorder and tokens < inputs:
+        raise singular(name, tokens, inputs, config.solver)
+    try:
+        return solve(goal, moments, job.gradients.get(name), rank, config)
+    except torch.linalg.LinAlgError as error:
+        assert recorder is not None
+        raise singular(name, tokens, inputs, config.solver) from error
+
+
 def solve(
-    goal: Tensor, moments: Moments | None, curvature: Tensor | None, rank: int, config: PGSVDConfig
+    goal: Tensor, moments: Moments | None, gradients: Tensor | None, rank: int, config: PGSVDConfig
 ) -> LowRankFactors:
     """The factors of one layer, by the config's solver and objective."""
-    if moments is not None and curvature is not None:
-        return eigh_of_loss(goal, moments, curvature, rank)
+    if moments is not None and gradients is not None and config.objective == "loss":
+        return eigh_of_loss(goal, moments, gradients, rank)
     if moments is not None and moments.outputs is not None:
         return eigh_of_outputs(goal, moments.outputs, moments.energies, rank)
-    gram = None if moments is None else moments.gram
-    return SOLVERS[config.solver](goal, gram, rank, config.num_iterations)  # type: ignore[arg-type]
+    known = {"gradients": gradients}
+    if moments is not None:
+        known |= {"gram": moments.gram, "magnitudes": moments.magnitudes}
+    needed = known.get(SOLVERS.trait(config.solver, "needs"))
+    return SOLVERS[config.solver](goal, needed, rank, config.num_iterations)  # type: ignore[arg-type]
+
+
+def singular(name: str, tokens: int, inputs: int, solver: str) -> CalibrationError:
+    """The error for a layer whose Gram matrix is to be inverted and is singular."""
+    return CalibrationError(
+        f"solver={solver!r} inverts the Gram matrix of the inputs of {name}, which is singular: it saw {tokens} "
+        f"calibration tokens and has {inputs} input features, some of which are always zero or follow from others, as "
+        "behind an embedding of which few rows were used; give more data (num_samples, sequence_length), or use "
+        "solver='eigh', which finds the same factors without an inverse"
+    )
 
 
 def dense_bias(job: Job, name: str) -> Tensor:

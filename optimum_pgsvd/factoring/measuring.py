@@ -46,7 +46,7 @@ def measured(job: Measuring) -> Iterator[Step]:
             refuse_unseen(survey, job)
         leaders = survey.leaders
         del survey  # it holds every dense layer
-        beside = GramRecorder(outside, walk.rows, leaders)
+        beside = GramRecorder(outside, walk.rows, leaders, with_magnitudes=needs_magnitudes(job))
 
         def recorders_of(block: str) -> Sequence[Any]:
             return [None] if destination.is_finished(block) else recorders(job, block, walk, leaders)
@@ -123,7 +123,8 @@ def recorders(job: Measuring, block: str, walk: BlockWalk, leaders: Mapping[str,
     layers = job.layers(block)
     if job.config.calibration == "anchored":
         parts = stages(layers, leaders) or [{}]
-        return [AnchoredRecorder(part, walk.rows, leaders, job.config.blend) for part in parts]
+        options = job.config.blend, needs_magnitudes(job)
+        return [AnchoredRecorder(part, walk.rows, leaders, *options) for part in parts]
     # Of all targets, not of those to factor: what is measured of a layer must not depend on the budget.
     # The mean of a layer's inputs, which its bias makes up for, cannot be had from moments of its outputs.
     shapes = {
@@ -133,7 +134,12 @@ def recorders(job: Measuring, block: str, walk: BlockWalk, leaders: Mapping[str,
     }
     by_outputs = SOLVERS.trait(job.config.solver, "takes_outputs") and job.config.objective == "outputs"
     fewer = measured_by_outputs(shapes, leaders) if by_outputs else set()
-    return [GramRecorder(layers, walk.rows, leaders, fewer & layers.keys())]
+    return [GramRecorder(layers, walk.rows, leaders, fewer & layers.keys(), needs_magnitudes(job))]
+
+
+def needs_magnitudes(job: Measuring) -> bool:
+    """Whether the mean absolute values of inputs are to be measured."""
+    return SOLVERS.trait(job.config.solver, "needs") == "magnitudes"
 
 
 def stages(layers: Mapping[str, nn.Module], leaders: Mapping[str, str]) -> list[dict[str, nn.Module]]:

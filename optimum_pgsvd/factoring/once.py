@@ -21,11 +21,11 @@ from ..solvers import SOLVERS
 from ..structures import LayerPlan, LowRankFactors, RankPlan, SVDProfile
 from ..targets import Target, Targets
 from .job import Clock, InPlace, Job, MomentsMade, everything
-from .layer import Recorder, check_reached, solve
+from .layer import Recorder, check_reached, solve_measured
 from .measuring import measured, read
 from .profiles import loss_profile, output_profile
 from .request import Calibration, refuse_absent_weights
-from .sensitivity import curvature_of
+from .sensitivity import curvature_of, gradient_energies_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +65,11 @@ class Kept(Once):
 
     Args:
         moments: take the place of a calibration set in a `Job`; `None` for a solver that uses no data.
-        curvature: of `curvature_of`, where factors minimise the loss.
+        gradients: as in a `Job`.
     """
 
     moments: MomentsMade | None = None
-    curvature: Mapping[str, Tensor] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class KeptMoments:
@@ -191,7 +191,7 @@ def keep_moments(
 
     job, profiles = walk_once(model, targets, config, calibration, allocations, clock, visit)
     found: MomentsMade | None = moments if calibration.batches else calibration.measurements
-    return Kept(config, targets, profiles, found, job.curvature)
+    return Kept(config, targets, profiles, found, job.gradients)
 
 
 def walk_once(
@@ -208,9 +208,13 @@ def walk_once(
     clock = clock or Clock()
     kinds = wanted(config, allocations)
     curvature: Mapping[str, Tensor] = {}
+    energies: Mapping[str, Tensor] = {}
     if "loss" in kinds or config.objective == "loss":
         with clock("gradients"):
             curvature = curvature_of(model, targets, kinds.get("loss", config), calibration)
+    if config.needs_gradient_energies:
+        with clock("gradients"):
+            energies = gradient_energies_of(model, targets, config, calibration)
     with clock("profiles"):
         profiles: dict[str, dict[str, SVDProfile]] = {kind: {} for kind in kinds}
         held = calibration.measurements
@@ -218,7 +222,7 @@ def walk_once(
     job = Job(
         model, targets, largest(targets) if len(profiles) == 1 else everything(targets), calibration.batches, config,
         clock, InPlace(), measurements=calibration.measurements,
-        curvature=curvature if config.objective == "loss" else {},
+        gradients=curvature if config.objective == "loss" else energies,
     )  # fmt: skip
     for step in measured(job) if job.batches else read(job):
         with clock("factors"):
@@ -299,7 +303,7 @@ def leading_factors(job: Job, target: Target, recorder: Recorder | None) -> tupl
     weight = dense_weight(job.model, target.name)
     moments = recorder.moments(target.name) if recorder else None
     goal = recorder.goal(target.name, weight) if recorder else weight
-    solved = solve(goal, moments, job.curvature.get(target.name), target.shape.largest_saving_rank, job.config)
+    solved = solve_measured(job, target.name, goal, moments, recorder, target.shape.largest_saving_rank)
     if recorder is None or moments is None:
         return solved.to(weight.dtype), None
     errors, norm = output_errors_by_rank(weight, solved.left, solved.right, moments.measured)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +16,9 @@ from ..config import PGSVDConfig
 from ..distributed import Peers
 from ..errors import CalibrationError, DistributedError, UnsupportedModelError
 from ..measurements import Measurements, measurements_of
-from ..targets import Targets
+from ..modeling_pgsvd import put_experts_back
+from ..replace import experts_apart
+from ..targets import Targets, find_targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +37,26 @@ class Calibration:
     def fingerprint(self) -> str:
         """Tells these batches from others."""
         return calibration_fingerprint(self.batches)
+
+
+@contextmanager
+def found_targets(model: PreTrainedModel, config: PGSVDConfig) -> Iterator[Targets]:
+    """A context in which experts with a layer to compress are taken apart; gives the layers to compress.
+
+    Args:
+        model: with all weights in memory. Afterwards its experts are fused again, but for those of which a layer is of
+            low rank.
+        config: for `find_targets`.
+
+    Raises:
+        UnsupportedModelError: weights are absent, or see `find_targets`.
+        ConfigError: see `find_targets`.
+    """
+    refuse_absent_weights(model)
+    with experts_apart(model) as fused:
+        targets = find_targets(model, config)
+        put_experts_back(model, fused, targets.names)
+        yield targets
 
 
 def calibration_of(

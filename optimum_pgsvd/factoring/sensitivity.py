@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibration import measure_curvature
+from ..calibration import measure_curvature, measure_gradient_energies
 from ..config import PGSVDConfig
 from ..errors import ConfigError
 from ..targets import Targets
@@ -18,6 +18,11 @@ def refuse_without_gradients(config: PGSVDConfig, because: str) -> None:
         raise ConfigError(
             f"objective={config.objective!r} with allocation={config.allocation!r} measures gradients, {because}; "
             "compress the model in memory with a dataset, or use objective='outputs' and allocation='pareto'"
+        )
+    if config.needs_gradients:
+        raise ConfigError(
+            f"solver={config.solver!r} measures gradients, {because}; compress the model in memory with a dataset, or "
+            "use solver='eigh'"
         )
 
 
@@ -35,3 +40,19 @@ def curvature_of(
         refuse_without_gradients(config, "and the measurements that are the dataset hold none")
     layers = {name: model.get_submodule(name) for name in targets.names}
     return measure_curvature(model, layers, calibration.batches, config.seed)
+
+
+def gradient_energies_of(
+    model: PreTrainedModel, targets: Targets, config: PGSVDConfig, calibration: Calibration
+) -> dict[str, Tensor]:
+    """How much the loss of the data depends on the weights of each input feature, of every target.
+
+    Raises:
+        ConfigError: the dataset is a folder of measurements, which holds no gradients.
+        CalibrationError: see `measure_gradient_energies`.
+        NonFiniteError: see `measure_gradient_energies`.
+    """
+    if calibration.measurements is not None:
+        refuse_without_gradients(config, "and the measurements that are the dataset hold none")
+    layers = {name: model.get_submodule(name) for name in targets.names}
+    return measure_gradient_energies(model, layers, calibration.batches)

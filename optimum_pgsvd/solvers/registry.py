@@ -9,9 +9,9 @@ from ..structures import LowRankFactors
 
 
 class Solver(Protocol):
-    """`W (m, n)`, `G (n, n)` or `None`, rank and iterations in, factors out."""
+    """`W (m, n)`, what it needs to know, rank and iterations in, factors out."""
 
-    def __call__(self, weight: Tensor, gram: Tensor, rank: int, num_iterations: int) -> LowRankFactors:
+    def __call__(self, weight: Tensor, known: Tensor, /, rank: int, num_iterations: int) -> LowRankFactors:
         """Solve for the factors of one layer."""
         ...
 
