@@ -2,6 +2,7 @@
 
     PGSVD_DATA=... python benchmarks/perplexity.py            # measure, write the JSON and the tables made from it
     python benchmarks/perplexity.py --tables                  # only write the tables from the JSON
+    python benchmarks/perplexity.py --baselines OUT.json      # other papers' methods too, one seed, no tables
 
 Calibration and evaluation texts are disjoint. Every method gets the same calibration tokens and the same budget; the
 seed chooses the calibration sequences. Uniform ranks with the `eigh` solver are SVD-LLM's optimum.
@@ -19,6 +20,7 @@ import re
 import statistics
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "PGSVD with ALS": {"solver": "als"},
     "PGSVD": {"solver": "eigh"},
     "PGSVD, text sampled from the model": {"solver": "eigh", "dataset": "self"},
+}
+# Methods of other papers, tried beside those above.
+BASELINES: dict[str, dict[str, Any]] = {
+    "SVD-LLM, uniform": {"solver": "svd_llm", "allocation": "uniform"},
+    "ASVD, uniform": {"solver": "asvd", "allocation": "uniform"},
+    "FWSVD, uniform": {"solver": "fwsvd", "allocation": "uniform"},
+    "SVD-LLM V2's ratios, exact optimum": {"solver": "eigh", "allocation": "svd_llm_v2"},
+    "one tolerance of outputs, exact optimum": {"solver": "eigh", "allocation": "pareto_outputs"},
 }
 
 
@@ -57,23 +67,30 @@ def cases() -> dict[str, tuple[Path, list[str], list[str], int]]:
     return found
 
 
-def perplexity(model: Any, windows: Any) -> float:
-    """Per token, over windows `(N, WINDOW)`."""
+def perplexity(model: Any, windows: Any, batch_size: int = 16) -> float:
+    """Per token, over windows `(N, length)`."""
     import torch
 
     total = 0.0
     with torch.no_grad():
-        for batch in windows.split(16):
+        for batch in windows.split(batch_size):
             total += model(input_ids=batch, labels=batch).loss.item() * len(batch)
     return math.exp(total / len(windows))
 
 
-def measure(folder: Path, calibration: list[str], evaluation: list[str], num_samples: int) -> list[dict[str, Any]]:
-    """One row for the dense model and for every method, reduction and seed."""
+def measure(
+    folder: Path,
+    calibration: list[str],
+    evaluation: list[str],
+    num_samples: int,
+    methods: Mapping[str, dict[str, Any]] = METHODS,
+    seeds: Sequence[int] = SEEDS,
+) -> list[dict[str, Any]]:
+    """One row for the dense model and for every method, reduction and seed, or the error of one that fails."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from optimum_pgsvd import PGSVDCompressor, PGSVDConfig
+    from optimum_pgsvd import CalibrationError, PGSVDCompressor, PGSVDConfig
     from optimum_pgsvd.calibration.data import pack
 
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -81,8 +98,8 @@ def measure(folder: Path, calibration: list[str], evaluation: list[str], num_sam
     windows = torch.stack(pack(evaluation, tokenizer, num_samples=128, length=WINDOW))
     rows = [{"method": "dense", "perplexity": perplexity(dense, windows), "evaluation_tokens": windows.numel()}]
     for reduction in REDUCTIONS:
-        for method, settings in METHODS.items():
-            for seed in SEEDS:
+        for method, settings in methods.items():
+            for seed in seeds:
                 model = copy.deepcopy(dense)
                 config = PGSVDConfig(
                     parameter_reduction=reduction,
@@ -92,7 +109,12 @@ def measure(folder: Path, calibration: list[str], evaluation: list[str], num_sam
                     **{"dataset": calibration, **settings},
                 )
                 start = time.perf_counter()
-                report = PGSVDCompressor(config).compress(model, tokenizer=tokenizer)
+                try:
+                    report = PGSVDCompressor(config).compress(model, tokenizer=tokenizer)
+                except CalibrationError as error:
+                    rows.append({"method": method, "reduction": reduction, "seed": seed, "error": str(error)})
+                    print(folder.name, rows[-1], flush=True)
+                    continue
                 rows.append(
                     {
                         "method": method,
@@ -169,11 +191,22 @@ def write_tables(result: dict[str, Any]) -> None:
         document.write_text(text, encoding="utf-8")
 
 
+def try_baselines(models: list[str], output: Path) -> None:
+    """Every method with the first seed, those of other papers with them, into a file of their own."""
+    methods = METHODS | BASELINES
+    rows = {name: measure(*cases()[name], methods, SEEDS[:1]) for name in models}
+    output.write_text(json.dumps({"models": rows, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", action="store_true", help="write the tables from the JSON, measure nothing")
     parser.add_argument("--models", nargs="*", help="only these; the others keep their results")
+    parser.add_argument("--baselines", type=Path, metavar="OUT.json", help="write those of other papers to this file")
     args = parser.parse_args()
+    if args.baselines:
+        try_baselines(args.models or list(cases()), args.baselines)
+        return
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"models": {}}
     if not args.tables:
         for name, case in cases().items():

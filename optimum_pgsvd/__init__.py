@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .modeling_pgsvd import LowRankLinear, PivotedLinear
     from .report import CompressionReport
     from .structures import LowRankFactors, PivotedFactors, RankPlan, SVDProfile
+    from .towers import find_towers
 
 _HOMES = {
     "PGSVDCompressor": "compressor",
@@ -46,6 +47,7 @@ _HOMES = {
     "PivotedFactors": "structures",
     "RankPlan": "structures",
     "SVDProfile": "structures",
+    "find_towers": "towers",
 }
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "SVDProfile",
     "UnsupportedModelError",
     "__version__",
+    "find_towers",
 ]
 
 

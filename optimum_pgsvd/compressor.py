@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import transformers
@@ -25,12 +26,14 @@ from .factoring import (
     factor,
     found_targets,
     gradient_energies_of,
+    plan_towers,
     planning_profiles,
     report_on,
+    towers_to_share,
     undone_on_error,
 )
 from .measurements import Measurements, measurements_of
-from .planning import check_budgets, check_request, plan_ranks, refuse_elastic_experts
+from .planning import check_budgets, check_request, plan_ranks, refuse_elastic_experts, refuse_without_search
 from .replace import experts_apart, mark_compressed
 from .report import CompressionReport, ModelSize
 from .saving import attach_artifacts
@@ -116,6 +119,8 @@ class PGSVDCompressor(OptimumQuantizer):
         clock = Clock()
         before = ModelSize.of(model)
         check_request(model, targets, self.config)
+        if self.config.searched:
+            towers_to_share(model, targets, self.config)
         with clock("data"):
             calibration = calibration_of(model, targets, self.config, tokenizer)
         curvature: dict[str, Tensor] = {}
@@ -128,7 +133,10 @@ class PGSVDCompressor(OptimumQuantizer):
                     energies = gradient_energies_of(model, targets, self.config, calibration)
         with clock("plan"):
             profiles = planning_profiles(model, targets, self.config, calibration, curvature=curvature)
-            plan = plan_ranks(targets, self.config, profiles)
+        if self.config.searched:
+            plan, search = plan_towers(model, targets, self.config, calibration, clock)
+        else:
+            plan, search = plan_ranks(targets, self.config, profiles), {}
         elastic = Elastic(profiles) if self.config.elastic else None
         job = Job(
             model, targets, plan, calibration.batches, self.config, clock, InPlace(),
@@ -138,7 +146,7 @@ class PGSVDCompressor(OptimumQuantizer):
         with undone_on_error(model, targets, undo):
             layers, notes = factor(job)
         mark_compressed(model, self.config)
-        report = report_on(job, layers, notes, before, model)
+        report = replace(report_on(job, layers, notes, before, model), search=search)
         attach_artifacts(model, report, tokenizer or self.config.tokenizer, elastic)
         return report
 
@@ -300,6 +308,7 @@ def planned(model: PreTrainedModel, config: PGSVDConfig, weights: Weights | None
     with experts_apart(model):
         targets = find_targets(model, config)
         check_budgets(targets, config)
+        refuse_without_search(config)
         at_hand = Calibration([], measurements_of(targets, config))
         profiles = planning_profiles(model, targets, config, at_hand, weights)
         plan = plan_ranks(targets, config, profiles)

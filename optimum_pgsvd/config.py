@@ -35,10 +35,13 @@ class PGSVDConfig(LowRankConfig):
         ranks: rank by layer name or glob, at least 1; layers that nothing matches stay dense.
         allocation: how ranks are chosen: `"pareto"` (PGSVD: one ε for all layers of a group), `"pareto_outputs"` (the
             same, ε being the error of each layer's outputs on the calibration set), `"loss"` (by how much the model's
-            predictions depend on each layer, measured with gradients) or `"uniform"` (the same fraction of every
-            layer).
+            predictions depend on each layer, measured with gradients), `"towers"` (one ε for each tower of the model,
+            found by a search on what it predicts), `"uniform"` (the same fraction of every layer) or `"svd_llm_v2"`
+            (of layers of one type, less of those whose outputs lose more).
         solver: how factors are found: `"eigh"` (closed-form optimum), `"als"` (the paper's Algorithm 1, which
-            approaches it) or `"svd"` (truncated SVD, needs no dataset).
+            approaches it) or `"svd"` (truncated SVD, needs no dataset); or as in other papers, to compare with:
+            `"svd_llm"` (the same optimum by an inverse, where there is one), `"asvd"` or `"fwsvd"` (truncated SVD with
+            input features scaled by their absolute values, or by gradients of their weights).
         objective: what the factors of a layer minimise: `"outputs"` (the paper: the error of its outputs) or `"loss"`
             (that error measured by what it costs the model's predictions, with gradients).
         num_iterations: ALS sweeps, at least 1; the paper uses 10. Other solvers ignore it.
@@ -49,9 +52,10 @@ class PGSVDConfig(LowRankConfig):
             A layer outside the repeated blocks is compressed only where a glob here or in `ranks` names it.
         modules_to_not_convert: names or globs of modules that stay dense.
         rank_multiple: ranks are multiples of this, at least 1; 8 or more suits tensor cores.
-        dataset: the calibration set: texts, token tensors, model inputs as dicts, a `datasets.Dataset`, a local
-            `.txt`, `.jsonl` or `.parquet` file, the name of a Hub dataset (`"user/name"` or `"user/name:config"`), a
-            folder of `optimum-cli pgsvd measure`, or `"self"` for sequences sampled from the model itself.
+        dataset: the calibration set: texts, token tensors, dicts of images, sounds and texts or of model inputs, a
+            `datasets.Dataset`, a local `.txt`, `.jsonl` or `.parquet` file, a folder of images with captions, the name
+            of a Hub dataset (`"user/name"` or `"user/name:config"`), a folder of `optimum-cli pgsvd measure`, or
+            `"self"` for sequences sampled from the model itself.
         tokenizer: tokenizer or processor, or where to load it from; by default the model's own.
         calibration: what layers are fitted to: `"parallel"` (the paper: the dense model's activations) or `"anchored"`
             (block by block: the inputs that the compressed blocks before it really produce, aiming at the dense
@@ -70,8 +74,7 @@ class PGSVDConfig(LowRankConfig):
         self_contained: save a copy of the loading code with the checkpoint, so that it loads with
             `trust_remote_code=True` where this package is not installed.
         elastic: save beside the weights what it takes to cut the checkpoint further, without data, when it is loaded.
-            Needs `calibration="parallel"` and a solver whose components come in order of importance: `"eigh"` or
-            `"svd"`.
+            Needs `calibration="parallel"` and a solver whose components come in order of importance: any but `"als"`.
         format_version: set in the config of a compressed model, whose `ranks` are the result, by the name of each
             layer in the checkpoint; the other fields are then a record of how it was made.
         quant_method: always `"pgsvd"`.
@@ -181,6 +184,11 @@ class PGSVDConfig(LowRankConfig):
     def profile(self) -> str | None:
         """Which profiles ranks are chosen by: of the `"weights"`, `"outputs"` or `"loss"`; `None` for none."""
         return None if self.ranks is not None else ALLOCATIONS.trait(self.allocation, "profile")
+
+    @property
+    def searched(self) -> bool:
+        """Whether the model is to be run to find how its towers share the budget."""
+        return self.ranks is None and self.allocation == "towers"
 
     @property
     def needs_curvature(self) -> bool:
@@ -293,8 +301,8 @@ class PGSVDConfig(LowRankConfig):
         self._validate_elastic()
         if isinstance(self.dataset, Mapping) or not (self.dataset is None or isinstance(self.dataset, DATASETS)):
             raise ConfigError(
-                f"dataset is a {type(self.dataset).__name__}; give a list of texts, token tensors or model inputs, a "
-                "datasets.Dataset, a file, the name of a Hub dataset, or 'self'"
+                f"dataset is a {type(self.dataset).__name__}; give a list of texts, token tensors, images with "
+                "texts or model inputs, a datasets.Dataset, a file or folder, the name of a Hub dataset, or 'self'"
             )
         self._validate_budgets()
 
@@ -332,8 +340,8 @@ class PGSVDConfig(LowRankConfig):
 
     def _validate_profile(self) -> None:
         """What is measured on a calibration set needs one."""
-        if self.profile in ("outputs", "loss") and not self.needs_dataset:
-            measured = "gradients" if self.profile == "loss" else "outputs"
+        if (self.searched or self.profile in ("outputs", "loss")) and not self.needs_dataset:
+            measured = {"loss": "gradients", "outputs": "outputs"}.get(self.profile or "", "predictions")
             raise ConfigError(
                 f"allocation={self.allocation!r} measures {measured} on a calibration set, and solver={self.solver!r} "
                 "uses none; use solver='eigh'"
@@ -380,6 +388,12 @@ class PGSVDConfig(LowRankConfig):
             at_least_one(f"ranks[{glob!r}]", rank)
         for glob, budget in self.groups.items():
             group_budget(glob, budget)
+        if self.searched and self.tolerance is not None:
+            raise ConfigError(
+                f"allocation='towers' finds the tolerances that meet a parameter_reduction, and "
+                f"tolerance={self.tolerance} fixes them: give a parameter_reduction, or a tolerance for each tower in "
+                "groups with allocation='pareto'"
+            )
         tolerances = [self.tolerance, *(budget.get("tolerance") for budget in self.groups.values())]
         given_tolerance = any(tolerance is not None for tolerance in tolerances)
         if given_tolerance and not ALLOCATIONS.trait(self.allocation, "takes_tolerance"):

@@ -454,9 +454,11 @@ def tripwires(model: Any) -> dict[str, Tensor]:
 
 def stored_expert(model: Any, name: str) -> str:
     """A name under which a dense checkpoint may hold a part of fused experts: one that makes, or is, the whole."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    for conversion in getattr(model, "_weight_conversions", None) or ():
+    conversions = getattr(model, "_weight_conversions", None)
+    for conversion in get_model_conversion_mapping(model) if conversions is None else conversions:
         if isinstance(conversion, WeightConverter):
             for target in conversion.target_patterns:
                 plain = target.replace("\\", "")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .allocation import ALLOCATIONS, Ladder, smallest
+from .allocation import ALLOCATIONS, Ladder, scaled_tolerances, smallest
 from .calibration import InMemory, Weights
 from .config import PGSVDConfig
 from .distributed import Peers
@@ -23,25 +23,46 @@ from .structures import Budget, LayerPlan, LinearShape, RankPlan, SVDProfile
 from .targets import Target, Targets, first_match
 
 
-def plan_ranks(targets: Targets, config: PGSVDConfig, profiles: Mapping[str, SVDProfile]) -> RankPlan:
+def plan_ranks(
+    targets: Targets,
+    config: PGSVDConfig,
+    profiles: Mapping[str, SVDProfile],
+    scales: Mapping[str, float] | None = None,
+) -> RankPlan:
     """Choose the rank of every target layer.
 
     Args:
         targets: of `find_targets`.
         config: budget, groups, allocation and rank multiple.
         profiles: of the targets, of what `config.profile` says.
+        scales: of the tolerances of the layers under the main budget, where a search is to find them.
 
     Returns:
         The plan over all targets, in model order.
 
     Raises:
-        ConfigError: a budget cannot be met, or a given rank does not fit its layer.
+        ConfigError: a budget cannot be met, a given rank does not fit its layer, or a search is to be made first.
     """
     if config.ranks is not None:
         return given_ranks(targets.shapes, config.ranks)
+    if scales is None:
+        refuse_without_search(config)
     groups = budget_groups(targets, config)
-    plans = (allocate_group(glob, shapes, profiles, budget, config) for glob, (shapes, budget) in groups.items())
+    plans = (
+        allocate_group(glob, shapes, profiles, budget, config, None if glob else scales)
+        for glob, (shapes, budget) in groups.items()
+    )
     return RankPlan.merge(plans, order=targets.names)
+
+
+def refuse_without_search(config: PGSVDConfig) -> None:
+    """Raise `ConfigError` for a request whose tolerances are to be found by running the model."""
+    if config.searched:
+        raise ConfigError(
+            f"allocation={config.allocation!r} finds a tolerance for each tower by running the model on a calibration "
+            "set, so there is no plan without it; compress the model in memory, whose report has the tolerances, or "
+            "plan with allocation='pareto', with a tolerance for each tower in groups if you know them"
+        )
 
 
 def check_request(model: nn.Module, targets: Targets, config: PGSVDConfig) -> None:
@@ -100,9 +121,14 @@ def allocate_group(
     profiles: Mapping[str, SVDProfile],
     budget: Budget,
     config: PGSVDConfig,
+    scales: Mapping[str, float] | None = None,
 ) -> RankPlan:
     """The plan of the layers under one budget; its errors are those of plain weights, if of anything."""
-    plan = ALLOCATIONS[config.allocation](shapes, profiles, budget, config.rank_multiple)
+    if scales is None:
+        plan = ALLOCATIONS[config.allocation](shapes, profiles, budget, config.rank_multiple)
+    else:
+        assert budget.parameter_reduction is not None, "a search is for a parameter reduction"
+        plan = scaled_tolerances(shapes, profiles, budget.parameter_reduction, config.rank_multiple, scales)
     of_weights = config.profile == "weights"
     return RankPlan(
         {

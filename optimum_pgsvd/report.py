@@ -96,6 +96,7 @@ class CompressionReport:
         base_model: name on the Hub of the model that was compressed, if it came from there.
         resources: what it took: `peak_memory_bytes` of the process, `tokens_per_second` of the calibration set.
         request: fingerprints of the checkpoint and the calibration set, where a checkpoint on disk was compressed.
+        search: with `allocation="towers"`, each tower's tolerance, and what was tried to find them (`plan_towers`).
     """
 
     layers: tuple[LayerReport, ...]
@@ -110,6 +111,7 @@ class CompressionReport:
     base_model: str | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_plan(
@@ -213,7 +215,21 @@ class CompressionReport:
             console.print(self.table())
         skipped = "".join(f"\nskipped {name}: {reason}" for name, reason in self.skipped.items())
         notes = "".join(f"\nnote: {note}" for note in self.notes)
-        return capture.get() + self.summary() + skipped + notes
+        return capture.get() + self.summary() + self.towers() + skipped + notes
+
+    def towers(self) -> str:
+        """What a search found, a line for each tower, and what it is better than; nothing where there was none."""
+        if not self.search:
+            return ""
+        lines = [
+            f"\ntower {name}: tolerance {found['tolerance']:.4f}, {found['parameter_reduction']:.2%} removed"
+            for name, found in self.search["towers"].items()
+        ]
+        one = self.search["one_tolerance"]
+        return "".join(lines) + (
+            f"\nsearch: divergence {self.search['divergence']:.4g} from the dense model's predictions, "
+            f"{one['divergence']:.4g} with one tolerance of {one['tolerance']:.4f}; {len(self.search['points'])} tried"
+        )
 
 
 def planned_layers(plan: RankPlan) -> list[LayerReport]:

@@ -11,6 +11,8 @@ import torch
 import transformers as hf
 from torch import Generator, Tensor, nn
 
+from optimum_pgsvd.modeling_pgsvd import is_fused
+
 
 Batch = dict[str, Tensor]
 
@@ -48,6 +50,11 @@ class Family:
             model = self.model_class(config)
         scramble(model, generator(seed))
         return model.eval()
+
+    @property
+    def uncut(self) -> list[str]:
+        """Modules that an elastic checkpoint has to leave dense."""
+        return ["experts"] if any(is_fused(module) for module in self.build().modules()) else []
 
     def batches(self, count: int, seed: int = 0) -> list[Batch]:
         """Batches of model inputs without padding."""
@@ -97,6 +104,23 @@ def llava_inputs(source: Generator) -> Batch:
     return {"input_ids": ids, "pixel_values": images(source)}
 
 
+def qwen_vl_inputs(source: Generator) -> Batch:
+    """Four patches of an image become one token; they come in one row for all images."""
+    ids = token_ids(source)
+    ids[:, 1:5] = IMAGE_TOKEN
+    patches = torch.randn(SEQUENCES * 16, 3 * 2 * 4 * 4, generator=source)
+    grid = torch.tensor([[1, 4, 4]] * SEQUENCES)
+    kinds = (ids == IMAGE_TOKEN).long()
+    return {"input_ids": ids, "pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+
+
+def idefics_inputs(source: Generator) -> Batch:
+    ids = token_ids(source)
+    ids[:, 1:5] = IMAGE_TOKEN
+    seen = torch.ones(SEQUENCES, 1, 16, 16, dtype=torch.long)
+    return {"input_ids": ids, "pixel_values": images(source)[:, None], "pixel_attention_mask": seen}
+
+
 def whisper_inputs(source: Generator) -> Batch:
     features = torch.randn(SEQUENCES, 8, 60, generator=source)
     return {"input_features": features, "decoder_input_ids": token_ids(source, columns=TARGET_TOKENS)}
@@ -138,6 +162,52 @@ def llava_config() -> hf.PreTrainedConfig:
         image_token_index=IMAGE_TOKEN,
         pad_token_id=PAD,
     )
+
+
+def siglip_config() -> hf.PreTrainedConfig:
+    text = SPECIAL | SIZES | {"max_position_embeddings": TOKENS, "projection_size": 32}
+    return hf.SiglipConfig(text_config=text, vision_config=VISION)
+
+
+QWEN_TEXT = {key: value for key, value in GROUPED.items() if key != "head_dim"} | {
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+}
+QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 4,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 32,
+}
+QWEN_TOKENS = {"image_token_id": IMAGE_TOKEN, "video_token_id": 99, "vision_start_token_id": 98}
+
+
+def qwen2_5_vl_config() -> hf.PreTrainedConfig:
+    vision = QWEN_VISION | {"window_size": 16, "fullatt_block_indexes": [1]}
+    return hf.Qwen2_5_VLConfig(text_config=QWEN_TEXT, vision_config=vision, pad_token_id=PAD, **QWEN_TOKENS)
+
+
+def qwen3_vl_config() -> hf.PreTrainedConfig:
+    vision = QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return hf.Qwen3VLConfig(text_config=QWEN_TEXT | {"head_dim": 8}, vision_config=vision, **QWEN_TOKENS)
+
+
+def idefics_config(config_class: type) -> hf.PreTrainedConfig:
+    return config_class(
+        text_config=hf.LlamaConfig(**GROUPED),
+        vision_config=SIZES | {"image_size": 16, "patch_size": 4},
+        scale_factor=2,
+        image_token_id=IMAGE_TOKEN,
+        pad_token_id=PAD,
+    )
+
+
+def blip_config() -> hf.PreTrainedConfig:
+    text = SPECIAL | SIZES | POSITIONS | {"projection_dim": 16, "encoder_hidden_size": 32, "sep_token_id": END}
+    return hf.BlipConfig(text_config=text, vision_config=VISION, projection_dim=16)
 
 
 def whisper_config() -> hf.PreTrainedConfig:
@@ -222,6 +292,12 @@ ALL = (
         sliding_window=WINDOW,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
+    Family("siglip", hf.SiglipModel, siglip_config, clip_inputs),
+    Family("qwen2_5_vl", hf.Qwen2_5_VLForConditionalGeneration, qwen2_5_vl_config, qwen_vl_inputs),
+    Family("qwen3_vl", hf.Qwen3VLForConditionalGeneration, qwen3_vl_config, qwen_vl_inputs),
+    Family("idefics3", hf.Idefics3ForConditionalGeneration, lambda: idefics_config(hf.Idefics3Config), idefics_inputs),
+    Family("smolvlm", hf.SmolVLMForConditionalGeneration, lambda: idefics_config(hf.SmolVLMConfig), idefics_inputs),
+    Family("blip", hf.BlipForConditionalGeneration, blip_config, clip_inputs),
 )
 
 FAMILIES = {family.name: family for family in ALL}

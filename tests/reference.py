@@ -117,8 +117,8 @@ def squared_gradients(losses: Sequence[Tensor], weight: Tensor) -> Tensor:
     """The squared gradients of some losses, each on its own, summed: of the shape of the weight, float64."""
     total = torch.zeros(weight.shape, dtype=torch.float64)
     for loss in losses:
-        (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
-        total += gradient.double() ** 2
+        (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True, allow_unused=True)
+        total += 0 if gradient is None else gradient.double() ** 2
     return total
 
 
@@ -207,6 +207,13 @@ def one_tolerance_for_all(options: Mapping[str, list[Option]], limit: int) -> Ch
     tolerances = {option.error for layer in options.values() for option in layer}
     plans = [at_tolerance(options, tolerance) for tolerance in tolerances]
     return max((plan for plan in plans if kept(plan) <= limit), key=kept, default=None)
+
+
+def in_units_of(options: Mapping[str, list[Option]], scales: Mapping[str, float]) -> dict[str, list[Option]]:
+    """Options whose errors are in units of the scale of their layer."""
+    return {
+        name: [Option(o.rank, o.parameters, o.error / scales[name]) for o in layer] for name, layer in options.items()
+    }
 
 
 def every_choice(options: Mapping[str, list[Option]]) -> Iterator[Choice]:
@@ -474,3 +481,27 @@ def spearman(values: Sequence[float], others: Sequence[float]) -> float:
     mean = (len(x) + 1) / 2
     products = math.fsum((a - mean) * (b - mean) for a, b in zip(x, y, strict=True))
     return products / math.sqrt(math.fsum((a - mean) ** 2 for a in x) * math.fsum((b - mean) ** 2 for b in y))
+
+
+# Predictions
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """Of one row."""
+    largest = max(logits)
+    powers = [math.exp(value - largest) for value in logits]
+    return [power / math.fsum(powers) for power in powers]
+
+
+def kl_of_softmax(dense: Tensor, compressed: Tensor) -> float:
+    """The Kullback–Leibler divergence of the softmax of logits `(N, V)`, in nats, summed over the rows."""
+    total = 0.0
+    for row, other in zip(dense.double().tolist(), compressed.double().tolist(), strict=True):
+        total += math.fsum(p * math.log(p / q) for p, q in zip(softmax(row), softmax(other), strict=True))
+    return total
+
+
+def kl_of_normal(dense: Tensor, compressed: Tensor) -> float:
+    """That of normal distributions of unit variance with these means."""
+    pairs = zip(dense.double().flatten().tolist(), compressed.double().flatten().tolist(), strict=True)
+    return math.fsum((a - b) ** 2 / 2 for a, b in pairs)

@@ -600,6 +600,7 @@ def test_an_unknown_allocation_lists_the_known_ones():
         "pareto": ("weights", True),
         "pareto_outputs": ("outputs", True),
         "svd_llm_v2": ("outputs", False),
+        "towers": ("weights", True),
         "uniform": (None, False),
     }
 

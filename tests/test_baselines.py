@@ -10,18 +10,26 @@ import pytest
 import reference
 import torch
 import transformers as hf
-from models import FAMILIES, PAD, Batch
+from models import FAMILIES, GROUPED, PAD, Batch, text_family
 from streamed import assert_same_checkpoint, in_memory, on_disk, request
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from watch import Inputs, plain_forward
 
-from optimum_pgsvd import CalibrationError, ConfigError, NonFiniteError, PGSVDCompressor, PGSVDConfig
+from optimum_pgsvd import (
+    CalibrationError,
+    CompressionReport,
+    ConfigError,
+    NonFiniteError,
+    PGSVDCompressor,
+    PGSVDConfig,
+)
 from optimum_pgsvd.calibration import measure_gradient_energies
 from optimum_pgsvd.calibration.gradients import samples
 from optimum_pgsvd.linalg.anchor import RIDGE
 from optimum_pgsvd.modeling_pgsvd import low_rank_layers
+from optimum_pgsvd.replace import experts_apart
 from optimum_pgsvd.targets import find_targets
 
 
@@ -71,9 +79,11 @@ def test_energies_are_those_of_each_sequence(name: str) -> None:
     model, batches = FAMILIES[name].build(), FAMILIES[name].batches(2)
     if name == "t5":
         batches = [{"input_ids": b["input_ids"], "labels": b["decoder_input_ids"]} for b in batches]
-    found = measure_gradient_energies(model, targets_of(model), batches)
-    expected = plain_energies(model, batches)
+    with experts_apart(model):
+        found = measure_gradient_energies(model, targets_of(model), batches)
+        expected = plain_energies(model, batches)
     assert list(found) == list(expected)
+    assert any(".experts.1." in layer for layer in found) == (name in ("mixtral", "qwen3_moe"))
     for layer, energies in found.items():
         torch.testing.assert_close(energies, expected[layer], rtol=1e-3, atol=1e-5 * float(expected[layer].max()))
 
@@ -196,13 +206,19 @@ def expected_weight(solver: str, goal: Tensor, inputs: Tensor, energies: Tensor,
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_factors_are_what_the_paper_says_of_the_dense_models_inputs(solver: str, name: str) -> None:
     dense, batches = FAMILIES[name].build(), FAMILIES[name].batches(8)
-    ranks = dict.fromkeys(targets_of(dense), 3)
-    if solver == "svd_llm":  # few tokens reach an expert
-        ranks = {target: rank for target, rank in ranks.items() if "experts" not in target}
-    model = copy.deepcopy(dense)
-    config = PGSVDConfig(ranks=ranks, solver=solver, dataset=batches, num_samples=1000)
+    model = FAMILIES[name].build()
+    config = PGSVDConfig(ranks={"*": 3}, solver=solver, dataset=batches, num_samples=1000)
     report = PGSVDCompressor(config).compress(model)
-    inputs, energies = inputs_of(dense, list(ranks), batches), plain_energies(dense, batches)
+    with experts_apart(dense):
+        assert any(".experts." in layer for layer in low_rank_layers(model)) == (name == "mixtral")
+        assert_as_expected(solver, dense, model, report, batches)
+
+
+def assert_as_expected(
+    solver: str, dense: PreTrainedModel, model: PreTrainedModel, report: CompressionReport, batches: list[Batch]
+) -> None:
+    names = list(low_rank_layers(model))
+    inputs, energies = inputs_of(dense, names, batches), plain_energies(dense, batches)
     for layer in report.layers:
         if layer.rank is not None:
             weight, rows = weight_of(dense, layer.name), inputs[layer.name]
@@ -266,6 +282,21 @@ def test_svd_llm_is_the_closed_form_where_there_is_an_inverse() -> None:
             torch.testing.assert_close(products["svd_llm", storage][name], expected, rtol=0, atol=2e-4 * size)
 
 
+def test_svd_llm_is_the_closed_form_about_the_mean_too() -> None:
+    qwen2, products = text_family("qwen2", hf.Qwen2ForCausalLM, hf.Qwen2Config, **GROUPED), {}
+    for solver in ("svd_llm", "eigh"):
+        model, batches = qwen2.build(), qwen2.batches(8)
+        config = PGSVDConfig(ranks={"*": 4}, solver=solver, dataset=batches, num_samples=1000, correct_bias=True)
+        PGSVDCompressor(config).compress(model)
+        corrected = {n: m for n, m in low_rank_layers(model).items() if m.bias is not None}
+        products[solver] = {n: (m.matrix(torch.float64), m.bias.detach()) for n, m in corrected.items()}
+    assert len(products["eigh"]) == 6
+    for name, (expected, bias) in products["eigh"].items():
+        found, other = products["svd_llm"][name]
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-4 * float(expected.detach().abs().max()))
+        torch.testing.assert_close(other, bias, rtol=0, atol=1e-4 * float(bias.abs().max()))
+
+
 # Where SVD-LLM fails
 
 
@@ -300,6 +331,18 @@ def test_svd_llm_fails_on_a_dead_feature() -> None:
     assert_svd_llm_fails(model, FAMILIES["llama"].batches(8), message)
 
 
+def test_svd_llm_fails_about_the_mean_of_a_layer_norm() -> None:
+    """Its outputs sum to a constant, each divided by its scale."""
+    model, batches = FAMILIES["gpt2"].build(), FAMILIES["gpt2"].batches(8)
+    config = PGSVDConfig(ranks={"*": 4}, solver="svd_llm", dataset=batches, num_samples=1000, correct_bias=True)
+    with pytest.raises(
+        CalibrationError, match=r"inputs of transformer.h.0.attn.c_attn, which is singular: it saw 640"
+    ):
+        PGSVDCompressor(config).compress(model)
+    config.correct_bias = False
+    PGSVDCompressor(config).compress(model)
+
+
 def test_svd_llm_is_not_anchored() -> None:
     """Behind a compressed layer, features follow from others: there is no inverse, however many tokens there are."""
     with pytest.raises(
@@ -332,6 +375,11 @@ def dense(tmp_path_factory) -> Path:
 )
 def test_compressed_on_disk_as_in_memory(solver: str, calibration: str, dense: Path, tmp_path: Path) -> None:
     config = request(FAMILIES["llama"], solver=solver, calibration=calibration)
+    assert_same_checkpoint(on_disk(dense, tmp_path / "mine", config), in_memory(dense, tmp_path / "expected", config))
+
+
+def test_an_elastic_checkpoint_on_disk(dense: Path, tmp_path: Path) -> None:
+    config = request(FAMILIES["llama"], solver="asvd", elastic=True)
     assert_same_checkpoint(on_disk(dense, tmp_path / "mine", config), in_memory(dense, tmp_path / "expected", config))
 
 

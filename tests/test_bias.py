@@ -22,7 +22,7 @@ from optimum_pgsvd.errors import CalibrationError, ConfigError
 from optimum_pgsvd.factoring import Clock, InPlace, Job, factor
 from optimum_pgsvd.linalg.anchor import RIDGE
 from optimum_pgsvd.linalg.weighted import metric_root
-from optimum_pgsvd.modeling_pgsvd import LowRankLayer, low_rank_layers
+from optimum_pgsvd.modeling_pgsvd import LowRankLayer, low_rank_layers, take_experts_apart
 from optimum_pgsvd.planning import dense_weight, given_ranks
 from optimum_pgsvd.report import LayerReport
 from optimum_pgsvd.streaming import spill, weights
@@ -245,6 +245,7 @@ def test_errors_are_smaller_and_outputs_have_their_mean(name: str, storage: str)
     model, corrected = compressed(name, correct_bias=True, storage=storage)
     _, plain = compressed(name, storage=storage)
     dense = FAMILIES[name].build()
+    take_experts_apart(dense)
     layers = low_rank_layers(model)
     chosen = [each for each in corrected if corrected[each].bias_corrected]
     assert chosen == [each for each in corrected if layers[each].bias is not None]

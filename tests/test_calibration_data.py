@@ -557,8 +557,14 @@ BAD = {
     "nothing": (None, r"solver='eigh' needs calibration data: give .*dataset=texts.* or use solver='svd'"),
     "an empty list": ([], "the calibration dataset is empty"),
     "an empty Dataset": (datasets.Dataset.from_dict({"text": []}), "the calibration dataset is empty"),
-    "mixed kinds": (["a text", torch.tensor([1, 2])], "the dataset mixes texts, token tensors and model inputs"),
-    "mixed kinds, too": ([{"input_ids": torch.tensor([[1]])}, [1, 2]], "the dataset mixes texts, token tensors and"),
+    "mixed kinds": (
+        ["a text", torch.tensor([1, 2])],
+        "the dataset mixes texts, token tensors, media and model inputs",
+    ),
+    "mixed kinds, too": (
+        [{"input_ids": torch.tensor([[1]])}, [1, 2]],
+        "the dataset mixes texts, token tensors, media and",
+    ),
     "floats": ([torch.zeros(3)], "an example of the dataset is a Tensor, not text, tokens or model inputs"),
     "numbers": ([1, 2, 3], "an example of the dataset is a int, not text, tokens or model inputs"),
     "an empty window": ([[]], "an example of the dataset is a list, not text, tokens or model inputs"),

@@ -144,7 +144,7 @@ def test_ranks_from_a_file(dense, corpus, tmp_path):
         (["--parameter-reduction", "1.5"], "outside [0, 1)"),
         (["--parameter-reduction", "0.2", "--tolerance", "0.2"], "exactly one of"),
         ([], "exactly one of"),
-        (["--parameter-reduction", "0.2", "--solver", "qr"], "known are als, eigh, svd"),
+        (["--parameter-reduction", "0.2", "--solver", "qr"], "known are als, asvd, eigh, fwsvd, svd, svd_llm"),
         (["--parameter-reduction", "0.2", "--group", "*.mlp.*", "half"], "write tolerance=0.3"),
         (
             ["--parameter-reduction", "0.2", "--solver", "svd", "--modules-to-not-convert", "nothing"],

@@ -172,17 +172,19 @@ def test_the_side_file_holds_the_spectra_of_all_and_the_factors_of_dense_targets
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "clip", "llava", "mixtral", "albert"])
 def test_a_cut_is_what_compressing_gives(name: str, start: float, tmp_path) -> None:
-    calibrated(name, parameter_reduction=start, elastic=True).save_pretrained(tmp_path)
+    kept = {"modules_to_not_convert": FAMILIES[name].uncut}
+    calibrated(name, parameter_reduction=start, elastic=True, **kept).save_pretrained(tmp_path)
     for reduction in (start, start + 0.03, 0.4, 0.7):
-        expected = calibrated(name, parameter_reduction=reduction)
-        assert_same(cut(tmp_path, FAMILIES[name].model_class, parameter_reduction=reduction), expected)
+        expected = calibrated(name, parameter_reduction=reduction, **kept)
+        assert_same(cut(tmp_path, FAMILIES[name].model_class, parameter_reduction=reduction, **kept), expected)
 
 
 @each_family
 def test_a_cut_of_any_architecture_is_what_compressing_gives(family, tmp_path) -> None:
-    compressed(family.name, parameter_reduction=0.05, elastic=True).save_pretrained(tmp_path)
-    expected = compressed(family.name, parameter_reduction=0.4)
-    found = cut(tmp_path, family.model_class, parameter_reduction=0.4)
+    kept = {"modules_to_not_convert": family.uncut}
+    compressed(family.name, parameter_reduction=0.05, elastic=True, **kept).save_pretrained(tmp_path)
+    expected = compressed(family.name, parameter_reduction=0.4, **kept)
+    found = cut(tmp_path, family.model_class, parameter_reduction=0.4, **kept)
     assert_same(found, expected)
     sizes = ("skipped", "model_before", "model_after", "parameters_before", "parameters_after")
     for field in sizes:

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import transformers as hf
-from models import FAMILIES
+from models import FAMILIES, SEQUENCES
 
 from optimum_pgsvd import CompressionReport, PGSVDCompressor, PGSVDConfig
 from optimum_pgsvd.modeling_pgsvd import low_rank_layers
@@ -137,7 +137,8 @@ def test_greedy_generation_with_and_without_cache_agrees(name):
     model, _, batch = compressed(family)
     if not model.can_generate():
         pytest.skip(f"{name} does not generate")
-    inputs = {k: v[:1] for k, v in batch.items() if k not in ("labels", "decoder_input_ids")}
+    # of the first sequence, and of the patches of its image
+    inputs = {k: v[: len(v) // SEQUENCES] for k, v in batch.items() if k not in ("labels", "decoder_input_ids")}
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     with_cache = model.generate(**inputs, **options)
     assert torch.equal(with_cache, model.generate(**inputs, **options, use_cache=False))

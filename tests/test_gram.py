@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from cases import gaussian
-from models import FAMILIES, ODD, Batch, Family, each_family, generator, images, token_ids
+from models import FAMILIES, ODD, SEQUENCES, Batch, Family, each_family, generator, images, token_ids
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -510,6 +511,29 @@ def test_a_text_mask_is_not_laid_on_images() -> None:
     tokens = {name for name in found if "_model." in name}
     assert {name.split(".")[0] for name in tokens} == {"text_model", "vision_model"}
     assert_same_grams({name: found[name] for name in tokens}, {name: expected[name] for name in tokens})
+
+
+@pytest.mark.parametrize("name", ["blip", "siglip", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm"])
+def test_a_text_mask_is_laid_on_text_alone(name: str) -> None:
+    """As many tokens of text as an image has patches; the towers of some families do not say that they read images."""
+    patches = 5 if name in ("blip", "siglip") else 16
+    patches -= name == "siglip"  # which has no class token
+    model, batch = FAMILIES[name].build(), FAMILIES[name].batches(1)[0]
+    batch = {
+        key: value[:, :patches] if key in ("input_ids", "mm_token_type_ids") else value for key, value in batch.items()
+    }
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, -2:] = 0
+    config = PGSVDConfig(tolerance=0.5, dataset=[batch | {"attention_mask": mask}])
+    report = PGSVDCompressor(config).compress(model)
+    seen = {layer.name: layer.tokens for layer in report.layers if layer.rank is not None}
+    reads_images = {
+        layer for layer in seen if ".vis" in f".{layer}" or re.search("crossattention.self.(key|value)", layer)
+    }
+    merged = {layer for layer in seen if "deepstack" in layer}
+    assert reads_images
+    assert {seen[layer] for layer in reads_images - merged} == {SEQUENCES * patches}
+    assert {seen[layer] for layer in seen.keys() - reads_images} == {SEQUENCES * patches - 2}
 
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from watch import Inputs, plain_forward
 
 from optimum_pgsvd import CompressionReport, PGSVDCompressor, PGSVDConfig
-from optimum_pgsvd.modeling_pgsvd import LowRankLayer, LowRankLinear
+from optimum_pgsvd.modeling_pgsvd import LowRankLayer, LowRankLinear, take_experts_apart
 from optimum_pgsvd.report import REPORT_NAME
 from optimum_pgsvd.targets import find_targets
 
@@ -37,6 +37,7 @@ def compressed(name: str, **fields: Any) -> tuple[PreTrainedModel, PreTrainedMod
     """The dense model, the compressed model and the report."""
     dense = FAMILIES[name].build()
     model = copy.deepcopy(dense)
+    take_experts_apart(dense)
     return dense, model, compress(model, FAMILIES[name].batches(2), **fields)
 
 

@@ -30,6 +30,22 @@ SPEECH_OR_TEXT = [
     "model.{encoder,decoder}.layers.{0,1}.{fc1,fc2}",
 ]
 
+DEEP = "model.visual.deepstack_merger_list.0"
+QWEN_LANGUAGE = [name.replace("model.", "model.language_model.") for name in LLAMA]
+IDEFICS = (
+    "model.{vision_model.encoder,text_model}.layers.{0,1}",
+    [
+        f"model.vision_model.encoder.layers.{{0,1}}.self_attn.{ATTENTION}",
+        "model.vision_model.encoder.layers.{0,1}.mlp.{fc1,fc2}",
+        *(name.replace("model.", "model.text_model.") for name in LLAMA),
+    ],
+    {
+        EMBEDDING: ["model.vision_model.embeddings.position_embedding", "model.text_model.embed_tokens"],
+        OUTSIDE: ["model.connector.modality_projection.proj"],
+        HEAD: ["lm_head"],
+    },
+)
+
 # What is compressed, block by block, and what is not, by the reason. Braces stand for alternatives.
 EXPECTED: dict[str, tuple[str, list[str], dict[str, list[str]]]] = {
     **dict.fromkeys(("llama", "mistral", "qwen3", "gemma", "gemma3"), ("model.layers.{0,1}", LLAMA, LLAMA_SKIPPED)),
@@ -152,6 +168,54 @@ EXPECTED: dict[str, tuple[str, list[str], dict[str, list[str]]]] = {
         "model.layers.{0,1}",
         LLAMA_ATTENTION,
         {**MIXTURE_SKIPPED, ROUTER: ["model.layers.{0,1}.mlp.router"]},
+    ),
+    "siglip": (
+        "{text,vision}_model.encoder.layers.{0,1}",
+        [
+            f"{{text,vision}}_model.encoder.layers.{{0,1}}.self_attn.{ATTENTION}",
+            "{text,vision}_model.encoder.layers.{0,1}.mlp.{fc1,fc2}",
+        ],
+        {
+            EMBEDDING: [
+                "text_model.embeddings.{token,position}_embedding",
+                "vision_model.embeddings.position_embedding",
+            ],
+            OUTSIDE: ["text_model.head", "vision_model.head.mlp.{fc1,fc2}"],
+            "inside nn.MultiheadAttention": ["vision_model.head.attention.out_proj"],
+        },
+    ),
+    "qwen2_5_vl": (
+        "model.{visual.blocks,language_model.layers}.{0,1}",
+        ["model.visual.blocks.{0,1}.{attn.{qkv,proj},mlp.{gate,up,down}_proj}", *QWEN_LANGUAGE],
+        {
+            EMBEDDING: ["model.language_model.embed_tokens"],
+            OUTSIDE: ["model.visual.merger.mlp.{0,2}"],
+            HEAD: ["lm_head"],
+        },
+    ),
+    "qwen3_vl": (
+        f"{{model.{{visual.blocks,language_model.layers}}.{{0,1}},{DEEP}}}",
+        ["model.visual.blocks.{0,1}.{attn.{qkv,proj},mlp.linear_fc{1,2}}", f"{DEEP}.linear_fc{{1,2}}", *QWEN_LANGUAGE],
+        {
+            EMBEDDING: ["model.visual.pos_embed", "model.language_model.embed_tokens"],
+            OUTSIDE: ["model.visual.merger.linear_fc{1,2}"],
+            HEAD: ["lm_head"],
+        },
+    ),
+    "idefics3": IDEFICS,
+    "smolvlm": IDEFICS,
+    "blip": (
+        "{vision_model.encoder.layers,text_decoder.bert.encoder.layer}.{0,1}",
+        [
+            "vision_model.encoder.layers.{0,1}.{self_attn.{qkv,projection},mlp.{fc1,fc2}}",
+            "text_decoder.bert.encoder.layer.{0,1}.{attention,crossattention}.{self.{query,key,value},output.dense}",
+            "text_decoder.bert.encoder.layer.{0,1}.{intermediate,output}.dense",
+        ],
+        {
+            EMBEDDING: ["text_decoder.bert.embeddings.{word,position}_embeddings"],
+            OUTSIDE: ["text_decoder.cls.predictions.transform.dense"],
+            HEAD: ["text_decoder.cls.predictions.decoder"],
+        },
     ),
 }
 

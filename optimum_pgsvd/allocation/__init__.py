@@ -9,11 +9,12 @@ An allocator takes the shapes of a group's layers, their profiles, the budget an
 * `"loss"`: of what the loss depends on, singular values of `Rᵀ W G^½` with `B = R Rᵀ`. Comparable between layers.
 """
 
-from . import loss, pareto, svd_llm_v2, uniform  # noqa: F401  (registers them)
+from . import loss, pareto, svd_llm_v2, towers, uniform  # noqa: F401  (registers them)
 from .ladder import Ladder, smallest
 from .loss import hull_slopes
 from .registry import ALLOCATIONS, Allocator
 from .surrogate import least_surrogate
+from .towers import scaled_tolerances
 
 
-__all__ = ["ALLOCATIONS", "Allocator", "Ladder", "hull_slopes", "least_surrogate", "smallest"]
+__all__ = ["ALLOCATIONS", "Allocator", "Ladder", "hull_slopes", "least_surrogate", "scaled_tolerances", "smallest"]

@@ -2,11 +2,13 @@
 
 from .anchored import AnchoredRecorder
 from .curvature import measure_curvature
-from .data import calibration_fingerprint, load_calibration_set
+from .data import calibration_fingerprint, is_causal, load_calibration_set
+from .forward import evaluating
 from .gradients import measure_gradient_energies
 from .gram import GramRecorder, InputSurvey, measured_by_outputs
 from .losses import loss_of, predictions_in
 from .passes import Replay, Step
+from .predictions import divergence, predict, rows, spread
 from .walk import BlockWalk, InMemory, Weights
 
 
@@ -20,10 +22,16 @@ __all__ = [
     "Step",
     "Weights",
     "calibration_fingerprint",
+    "divergence",
+    "evaluating",
+    "is_causal",
     "load_calibration_set",
     "loss_of",
     "measure_curvature",
     "measure_gradient_energies",
     "measured_by_outputs",
     "predictions_in",
+    "predict",
+    "rows",
+    "spread",
 ]

@@ -24,6 +24,10 @@ from .moments import SecondMoment
 TEMPERATURE = 2.0
 
 
+# What configs call the tokens that keep the places of images and sounds in a text.
+PLACES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
+
+
 class CurvatureRecorder:
     """Accumulates, over backward passes, the second moment of the gradients at each layer's outputs.
 
@@ -138,9 +142,20 @@ def measure_curvature(
 
 
 def predicted(model: Any, batch: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens of a batch the model's predictions are about: those of the decoder, where there are two."""
-    decodes = getattr(model.config, "is_encoder_decoder", False)
-    return batch.get("decoder_attention_mask" if decodes else "attention_mask")
+    """Which tokens of a batch the model's predictions are about: those of the decoder, where there are two.
+
+    Not about what keeps the places of images and sounds in a text: nobody asks for these, and no model learns them.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        return batch.get("decoder_attention_mask")
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    places = [getattr(model.config, name, None) for name in PLACES]
+    held = [place for place in places if isinstance(place, int)]
+    if ids is None or not held:
+        return mask
+    before = torch.isin(ids, torch.tensor(held, device=ids.device)).roll(-1, 1)
+    before[:, -1] = False
+    return (torch.ones_like(ids) if mask is None else mask) * ~before if bool(before.any()) else mask
 
 
 def surprise(outputs: Any, mask: Tensor | None, draws: torch.Generator) -> Tensor:
@@ -156,8 +171,13 @@ def surprise(outputs: Any, mask: Tensor | None, draws: torch.Generator) -> Tenso
     """
     logits = [value for key, value in outputs.items() if "logits" in key and isinstance(value, Tensor)]
     if not logits:
-        return normal_surprise(real(outputs[0], mask), draws)
+        return normal_surprise(real(first_states(outputs), mask), draws)
     return sum((categorical_surprise(real(value, mask), draws) for value in logits), logits[0].new_zeros(()))
+
+
+def first_states(outputs: Any) -> Tensor:
+    """The first of a model's outputs that is not its loss."""
+    return next(value for key, value in outputs.items() if key != "loss" and isinstance(value, Tensor))
 
 
 def categorical_surprise(logits: Tensor, draws: torch.Generator) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..config import PGSVDConfig
 from ..errors import CalibrationError
+from .media import Media
+from .processing import load_processor, processed
 from .sampling import sample_from_model
 from .sources import read_source
 
@@ -26,13 +28,13 @@ def load_calibration_set(model: Any, config: PGSVDConfig, tokenizer: Any = None)
     """The calibration set as batches of keyword arguments for the model's `forward`.
 
     Texts of a causal language model are joined and cut into windows without padding; texts of other models are
-    truncated and padded, with a mask. Token tensors are windows already. Dicts are batches already; the last of them
-    may go beyond `num_samples`.
+    truncated and padded, with a mask. Images and sounds, with their texts, go through the model's own processor. Token
+    tensors are windows already. Dicts of tensors are batches already; the last of them may go beyond `num_samples`.
 
     Args:
         model: the dense model, asked for its limits, and for samples where `dataset="self"`.
         config: `dataset`, `tokenizer`, `num_samples`, `sequence_length`, `batch_size`, `seed`.
-        tokenizer: overrides the config's.
+        tokenizer: tokenizer or processor, overrides the config's.
 
     Returns:
         Batches; together at most `num_samples` sequences, in an order fixed by the seed.
@@ -54,6 +56,9 @@ def read_batches(model: Any, config: PGSVDConfig, tokenizer: Any) -> Iterable[Ba
     examples: list[Any] = read_source(config.dataset, config.num_samples, length, config.seed)
     if not examples:
         raise CalibrationError("the calibration dataset is empty")
+    if isinstance(examples[0], Media):
+        processor = load_processor(tokenizer or config.tokenizer, model)
+        return processed(examples[: config.num_samples], model, processor, length, config.batch_size)
     if isinstance(examples[0], Mapping):
         return enough(examples, config.num_samples)
     if isinstance(examples[0], Tensor):

@@ -15,10 +15,16 @@ class PaddingMask:
     """Leaves padding out of layer inputs, for the batch and the block that are running.
 
     A tower that reads no tokens has no padding, unless its blocks are handed an attention mask. In an encoder-decoder
-    the encoder states are masked by the encoder's mask, everything else in its decoder by the decoder's.
+    the encoder states are masked by the encoder's mask, everything else in its decoder by the decoder's. Where what
+    reads the tokens is handed states from elsewhere, as BLIP's decoder is an image's, these have a mask of their own.
+
+    Args:
+        decodes: whether the model is an encoder-decoder, of which the batch's mask is the encoder's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, decodes: bool = True) -> None:
+        self._decodes = decodes
+        self._tokens: Tensor | None = None
         self._encoder: Tensor | None = None
         self._decoder: Tensor | None = None
         self._main: Tensor | None = None
@@ -26,8 +32,10 @@ class PaddingMask:
 
     def start_batch(self, batch: Mapping[str, Any]) -> None:
         """Take the masks of a batch; outside the blocks its attention mask applies."""
-        self._encoder = _padded(batch.get("attention_mask"))
-        self._decoder = _padded(batch.get("decoder_attention_mask"))
+        self._tokens = _padded(batch.get("attention_mask"))
+        self._encoder = self._tokens if self._decodes else _padded(batch.get("encoder_attention_mask"))
+        decoder = batch.get("decoder_attention_mask")
+        self._decoder = _padded(decoder) if self._decodes or decoder is not None else self._tokens
         self.leave_block()
 
     def enter_block(self, block: nn.Module, args: tuple, kwargs: Mapping[str, Any], of_tokens: bool) -> None:
@@ -36,11 +44,11 @@ class PaddingMask:
         given = {**given, **given.get("kwargs", {})}
         self._encoder_states = given.get("encoder_hidden_states")
         masked = of_tokens or any("mask" in name and value is not None for name, value in given.items())
-        self._main = (self._encoder if self._encoder_states is None else self._decoder) if masked else None
+        self._main = (self._tokens if self._encoder_states is None else self._decoder) if masked else None
 
     def leave_block(self) -> None:
         """Back outside the blocks."""
-        self._main, self._encoder_states = self._encoder, None
+        self._main, self._encoder_states = self._tokens, None
 
     def rows(self, x: Tensor, values: Tensor) -> Tensor:
         """The rows `(T, k)` that are not padding, of an input `(..., n)` or of what a layer makes of it `(..., k)`."""
@@ -57,7 +65,15 @@ def reads_tokens(model: nn.Module, block: str) -> bool:
     parts = block.split(".")
     around = (model.get_submodule(".".join(parts[:end])) for end in range(len(parts) - 1, -1, -1))
     inner = next((module for module in around if isinstance(module, PreTrainedModel)), None)
-    return inner is not None and inner.main_input_name == "input_ids"
+    return inner is not None and inner.main_input_name == "input_ids" and _looks_tokens_up(inner)
+
+
+def _looks_tokens_up(model: PreTrainedModel) -> bool:
+    """Whether what a model embeds is token ids: some vision towers do not say that they take something else."""
+    try:
+        return isinstance(model.get_input_embeddings(), nn.Embedding)
+    except NotImplementedError:
+        return False
 
 
 def _fitted(mask: Tensor, shape: torch.Size) -> Tensor | None:

@@ -36,7 +36,8 @@ class Pass(greenlet):
     def __init__(self, walk: BlockWalk, number: int, recalls: bool = False):
         super().__init__(self._forward)
         self.walk, self.number, self.recalls = walk, number, recalls
-        self.padding = PaddingMask()
+        config = getattr(walk.model, "config", None)
+        self.padding = PaddingMask(bool(getattr(config, "is_encoder_decoder", False)))
         self.at: str | None = None
         self.arguments: tuple[tuple, dict[str, Any]] = ((), {})
         self.calls: list[str] = []

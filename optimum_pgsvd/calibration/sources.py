@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
+from .folders import read_folder
+from .media import Media, media_of
 
 
 TEXT_COLUMN = "text"
@@ -30,7 +32,7 @@ TOKEN_COLUMNS = {
     "overflow_to_sample_mapping",
 }
 
-Example = str | Tensor | Mapping[str, Any]
+Example = str | Tensor | Media | Mapping[str, Any]
 
 
 def read_source(dataset: Any, num_samples: int, length: int, seed: int) -> list[Example]:
@@ -43,7 +45,7 @@ def read_source(dataset: Any, num_samples: int, length: int, seed: int) -> list[
         seed: of the order.
 
     Returns:
-        Texts, token tensors `(T,)` or `(B, T)`, or model inputs.
+        Texts, token tensors `(T,)` or `(B, T)`, images and sounds, or model inputs.
 
     Raises:
         CalibrationError: it cannot be read or holds something else.
@@ -54,9 +56,9 @@ def read_source(dataset: Any, num_samples: int, length: int, seed: int) -> list[
         examples = take(ordered(dataset, seed), num_samples, length)
         if not hasattr(dataset, "__len__") and not hasattr(dataset, "shuffle"):
             random.Random(seed).shuffle(examples)
-    kinds = {str if isinstance(e, str) else Tensor if isinstance(e, Tensor) else dict for e in examples}
+    kinds = {next((kind for kind in (str, Tensor, Media) if isinstance(e, kind)), dict) for e in examples}
     if len(kinds) > 1:
-        raise CalibrationError("the dataset mixes texts, token tensors and model inputs; give one kind")
+        raise CalibrationError("the dataset mixes texts, token tensors, media and model inputs; give one kind")
     return examples
 
 
@@ -75,7 +77,7 @@ def take(examples: Iterable[Any], num_samples: int, length: int) -> list[Example
 def ordered(dataset: Any, seed: int) -> Iterable[Any]:
     """The examples of a dataset in memory or of a stream, shuffled; a generator as it comes."""
     if hasattr(dataset, "shuffle") and hasattr(dataset, "column_names"):
-        return dataset.shuffle(seed=seed)
+        return undecoded(dataset).shuffle(seed=seed)
     if not hasattr(dataset, "__len__"):
         return dataset
     examples = list(dataset)
@@ -83,14 +85,30 @@ def ordered(dataset: Any, seed: int) -> Iterable[Any]:
     return examples
 
 
+def undecoded(dataset: Any) -> Any:
+    """A `datasets.Dataset` or a stream whose images and sounds are left as they are stored.
+
+    Then a damaged one can be named, and sounds do not need the FFmpeg that `datasets` decodes them by.
+    """
+    stored = [name for name, kind in (dataset.features or {}).items() if type(kind).__name__ in ("Audio", "Image")]
+    for name in stored:
+        dataset = dataset.cast_column(name, type(dataset.features[name])(decode=False))
+    return dataset
+
+
 def read_named(name: str, num_samples: int, length: int, seed: int) -> list[Example]:
-    """The examples of a local file or of a Hub dataset; whatever stops `datasets` is told with what to do."""
+    """The examples of a folder, a local file or a Hub dataset; whatever stops `datasets` is told with what to do."""
+    if os.path.isdir(name):
+        return take(ordered(read_folder(name), seed), num_samples, length)
     path, options = locate(name)
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return take(ordered(load_dataset(path, split="train", streaming=True, **options), seed), num_samples, length)
+        rows = undecoded(load_dataset(path, split="train", streaming=True, **options))
+        examples = take(ordered(rows, seed), num_samples, length)
+        folder = os.path.dirname(name) if os.path.isfile(name) else ""
+        return [example.below(folder) if isinstance(example, Media) else example for example in examples]
     except CalibrationError:
         raise
     except DatasetNotFoundError as error:
@@ -113,8 +131,6 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
             raise CalibrationError(f"{name}: known file types are {', '.join(LOADERS)}")
         # A text file's examples are its paragraphs.
         return LOADERS[suffix], {"data_files": name} | ({"sample_by": "paragraph"} if suffix == ".txt" else {})
-    if os.path.isdir(name):
-        raise CalibrationError(f"the calibration dataset {name} is a folder; name a {', '.join(LOADERS)} file in it")
     if suffix in LOADERS or os.path.isabs(name):
         raise CalibrationError(f"the calibration file {name} does not exist")
     repository, _, configuration = name.partition(":")
@@ -127,7 +143,9 @@ def unreadable(name: str, error: Exception, remedy: str) -> CalibrationError:
 
 
 def normalised(example: Any) -> Example:
-    """An example as a text, a token tensor or model inputs."""
+    """An example as a text, a token tensor, media or model inputs."""
+    if isinstance(example, Media):
+        return example
     if isinstance(example, str):
         return example
     if isinstance(example, Tensor) and not example.is_floating_point():
@@ -142,7 +160,9 @@ def normalised(example: Any) -> Example:
 
 
 def normalised_row(row: Mapping[str, Any]) -> Example:
-    """A row of a dataset: its text, its tokens without their padding, or model inputs with a batch dimension."""
+    """A row of a dataset: media, text, tokens without their padding, or model inputs with a batch dimension."""
+    if (media := media_of(row)) is not None:
+        return media
     if isinstance(row.get(TEXT_COLUMN), str):
         return row[TEXT_COLUMN]
     values = {key: torch.tensor(v) if isinstance(v, list) and v and _numbers(v) else v for key, v in row.items()}
@@ -154,8 +174,8 @@ def normalised_row(row: Mapping[str, Any]) -> Example:
     if any(isinstance(value, Tensor) for value in row.values()):
         return row
     raise CalibrationError(
-        f"an example has the columns {', '.join(row)}; give a {TEXT_COLUMN!r} column, 'input_ids', or model inputs as "
-        "tensors"
+        f"an example has the columns {', '.join(row)}; give a {TEXT_COLUMN!r} column, 'image' or 'audio', "
+        "'input_ids', or model inputs as tensors; a datasets.Dataset has rename_column for it"
     )
 
 

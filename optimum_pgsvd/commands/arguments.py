@@ -53,7 +53,9 @@ def add_budget_arguments(parser: ArgumentParser) -> None:
 def add_allocation_arguments(parser: ArgumentParser) -> Any:
     """How ranks are chosen; the group of arguments, to add more to."""
     how = parser.add_argument_group("allocation", argument_default=SUPPRESS)
-    how.add_argument("--allocation", help="pareto (PGSVD, default), pareto_outputs, loss or uniform")
+    how.add_argument(
+        "--allocation", help="pareto (PGSVD, default), pareto_outputs, towers, loss, uniform or svd_llm_v2"
+    )
     return how
 
 
@@ -68,7 +70,9 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
     """What the factors are fitted on, and by which solver."""
     how = parser.add_argument_group("calibration", argument_default=SUPPRESS)
     how.add_argument(
-        "--dataset", help='.txt, .jsonl or .parquet file, Hub dataset, folder of `pgsvd measure`, or "self"'
+        "--dataset",
+        help=".txt, .jsonl or .parquet file, Hub dataset, folder of images with captions or of `pgsvd measure`, or "
+        '"self"',
     )
     how.add_argument("--tokenizer", help="folder or Hub name (default: the model's)")
     how.add_argument("--calibration", help="parallel (the paper, default) or anchored")
@@ -85,7 +89,9 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
     )
     how.add_argument("--batch-size", type=int, help="sequences in a forward pass (default 8)")
     how.add_argument("--seed", type=int, help="of the choice of samples (default 0)")
-    how.add_argument("--solver", help="eigh (closed form, default), als (the paper's) or svd (no data)")
+    how.add_argument(
+        "--solver", help="eigh (closed form, default), als (the paper's), svd (no data), svd_llm, asvd or fwsvd"
+    )
     how.add_argument("--objective", help="outputs (the paper, default) or loss (weighs errors)")
     how.add_argument("--num-iterations", type=int, help="ALS sweeps (default 10)")
 

@@ -14,6 +14,7 @@ from ..config import BUDGETS, PGSVDConfig
 from ..errors import ConfigError
 from ..modeling_pgsvd import LowRankQuantizer, model_names
 from ..planning import plan_ranks
+from ..replace import experts_apart
 from ..report import CompressionReport
 from ..structures import RankPlan, SVDProfile
 from ..targets import Targets, find_targets, weight_shape
@@ -109,7 +110,8 @@ def plan_cut(model: PreTrainedModel, request: PGSVDConfig, quantizer: LowRankQua
     side.check(made)
     layers = stored_layers(model, side, quantizer)
     profiles = {name: layer.profile for name, layer in layers.items()}
-    targets = find_targets(model, request, layers)
+    with experts_apart(model):
+        targets = find_targets(model, request, layers)
     plan = plan_ranks(targets, request, profiles)
     check_stored(plan, layers)
     config = cut_config(made, request, {layers[name].name: rank for name, rank in plan.ranks.items()})

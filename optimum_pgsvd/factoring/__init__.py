@@ -8,6 +8,7 @@ from .once import Activations, Kept, Once, Ordered, check_nested, keep_moments, 
 from .profiles import loss_profiles, output_profiles, planning_profiles
 from .request import Calibration, calibration_of, found_targets, refuse_absent_weights
 from .sensitivity import curvature_of, gradient_energies_of, refuse_without_gradients
+from .towers import plan_towers, towers_to_share
 
 
 __all__ = [
@@ -35,11 +36,13 @@ __all__ = [
     "ordered_factors",
     "output_profiles",
     "plan_at",
+    "plan_towers",
     "planning_profiles",
     "profiles_of",
     "refuse_absent_weights",
     "refuse_without_gradients",
     "report_on",
     "request_at",
+    "towers_to_share",
     "undone_on_error",
 ]

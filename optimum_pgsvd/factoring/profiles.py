@@ -54,7 +54,7 @@ def planning_profiles(
     if config.profile == "outputs":
         refuse_plan_without_data(config, calibration)
         return output_profiles(model, targets, config, calibration, weights)
-    if config.profile is None and not config.elastic:
+    if (config.profile is None or config.searched) and not config.elastic:
         return {}
     if calibration.measurements is not None:
         return calibration.measurements.profiles(targets)

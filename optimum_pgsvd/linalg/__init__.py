@@ -12,7 +12,7 @@ from .means import about_means, corrected_bias
 from .pivoting import INDEX, pivoted
 from .precision import working_dtype
 from .products import add_product, add_self_product, mirror_upper
-from .projection import output_projection, projection_of_outputs
+from .projection import output_projection, projection_of_outputs, scaled_projection
 from .relative_error import (
     pseudo_inverse,
     relative_activation_error,
@@ -48,6 +48,7 @@ __all__ = [
     "relative_output_error",
     "relative_tails",
     "relative_weight_error",
+    "scaled_projection",
     "singular_values",
     "symmetric_eigen",
     "truncated_svd",

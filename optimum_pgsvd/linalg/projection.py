@@ -1,5 +1,7 @@
 """The closed-form optimum of the activation-aware objective: a projection of the layer's outputs."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,14 +36,51 @@ def output_projection(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, 
     Source:
         Closed form of arXiv 2510.05544, Eq. 2; also arXiv 2604.01609.
     """
-    dtype = layer_dtype(weight, gram)
-    m, n = weight.shape
     ridge = TIE_BREAK[gram.dtype] * float(gram.diagonal().mean())
+
+    def moment(rows: Tensor, triangular: bool) -> Tensor:
+        return output_moment(rows, gram, ridge, triangular)
+
+    return projected(weight, moment, rank, layer_dtype(weight, gram))
+
+
+def scaled_projection(weight: Tensor, energies: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """What `output_projection` finds where G is diagonal: the truncated SVD of `W S`, times `S⁻¹`, without dividing.
+
+    Args:
+        weight: `(m, n)`.
+        energies: `(n,)`, the squares of the scales S, 0 or more; float32 or float64.
+        rank: 1 … min(m, n).
+
+    Returns:
+        As `output_projection`.
+    """
+    scales = (energies.double() + TIE_BREAK[energies.dtype] * float(energies.mean())).sqrt()
+
+    def moment(rows: Tensor, triangular: bool) -> Tensor:
+        scaled = rows.double() * scales
+        return self_product((scaled.triu() if triangular else scaled).T, torch.float64)
+
+    return projected(weight, moment, rank, layer_dtype(weight, energies))
+
+
+def projected(
+    weight: Tensor, moment: Callable[[Tensor, bool], Tensor], rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A weight, projected on the leading eigenvectors of the second moment of its outputs.
+
+    Args:
+        weight: `(m, n)`.
+        moment: gives `A G Aᵀ` of a matrix A with n columns, or of the upper triangle of a square one.
+        rank: 1 … min(m, n).
+        dtype: of the result.
+    """
+    m, n = weight.shape
     if m <= n:
-        basis = leading_eigenvectors(lambda: output_moment(weight, gram, ridge), rank, dtype)
+        basis = leading_eigenvectors(lambda: moment(weight, False), rank, dtype)
         return basis, basis.T @ weight.to(dtype)
     packed, scales = torch.geqrf(weight.to(dtype))
-    basis = leading_eigenvectors(lambda: output_moment(packed[:n], gram, ridge, triangular=True), rank, dtype)
+    basis = leading_eigenvectors(lambda: moment(packed[:n], True), rank, dtype)
     left = torch.ormqr(packed, scales, torch.cat([basis, basis.new_zeros(m - n, rank)]))
     return left, basis.T @ packed[:n].triu()
 

@@ -1,9 +1,8 @@
 """The solver of ASVD."""
 
-import torch
 from torch import Tensor
 
-from ..linalg import balanced, output_projection
+from ..linalg import balanced, scaled_projection
 from ..structures import LowRankFactors
 from .registry import SOLVERS
 
@@ -33,5 +32,4 @@ def asvd(weight: Tensor, magnitudes: Tensor, rank: int, num_iterations: int) -> 
         arXiv 2312.05821 (ASVD), the scaling by means of absolute values with α = 0.5. Its search for ranks is another
         part, and not this one's.
     """
-    scales = magnitudes.pow(2 * ALPHA)
-    return LowRankFactors(*balanced(*output_projection(weight, torch.diag(scales), rank)))
+    return LowRankFactors(*balanced(*scaled_projection(weight, magnitudes.pow(2 * ALPHA), rank)))

@@ -1,9 +1,8 @@
 """The solver of FWSVD."""
 
-import torch
 from torch import Tensor
 
-from ..linalg import balanced, output_projection
+from ..linalg import balanced, scaled_projection
 from ..structures import LowRankFactors
 from .registry import SOLVERS
 
@@ -29,4 +28,4 @@ def fwsvd(weight: Tensor, energies: Tensor, rank: int, num_iterations: int) -> L
     Source:
         arXiv 2207.00112 (FWSVD).
     """
-    return LowRankFactors(*balanced(*output_projection(weight, torch.diag(energies), rank)))
+    return LowRankFactors(*balanced(*scaled_projection(weight, energies, rank)))

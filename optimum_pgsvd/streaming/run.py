@@ -25,7 +25,7 @@ from ..factoring import (
     refuse_without_gradients,
     report_on,
 )
-from ..planning import check_budgets, plan_ranks, refuse_elastic_experts
+from ..planning import check_budgets, plan_ranks, refuse_elastic_experts, refuse_without_search
 from ..replace import replace_linear
 from ..report import REPORT_NAME, CompressionReport, LayerReport, ModelSize, environment
 from ..saving import load_report, remember_commit
@@ -123,6 +123,7 @@ class Run:
         refuse_elastic_experts(source.model, config)
         check_budgets(targets, config)
         refuse_sampling(config)
+        refuse_without_search(config)
         refuse_without_gradients(config, "which needs the whole model in memory")
         with clock("data"):
             calibration = calibration_of(source.model, targets, config, options.tokenizer)

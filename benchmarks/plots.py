@@ -1,0 +1,88 @@
+"""The plots of docs/results.md, from the JSON results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grid import DENSE, methods, read_results
+
+
+Result = Mapping[str, Any]
+SHOWN = ("svd", "svd_llm", "als", "pgsvd_als", "best")
+
+
+def draw(folder: Path) -> None:
+    """Every plot that there are results for, as SVG; the same results give the same bytes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "pgsvd", "font.size": 8, "axes.spines.top": False,
+                                "axes.spines.right": False, "legend.frameon": False})  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    if results := read_results("perplexity"):
+        save(perplexity(results), folder / "perplexity.svg")
+    if grid := [result for result in read_results("clip") if "vision" in result["settings"]]:
+        save(towers(grid, read_results("clip")), folder / "clip_towers.svg")
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+
+
+def axes(count: int, width: float = 2.6, height: float = 2.3) -> tuple[Any, list[Any]]:
+    """A figure with plots side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def mean_by(results: Sequence[Result], x: Any, y: Any) -> tuple[list[float], list[float]]:
+    """Means of `y` over the results of one `x`, in its order."""
+    found: dict[float, list[float]] = {}
+    for result in results:
+        found.setdefault(x(result), []).append(y(result))
+    return sorted(found), [statistics.mean(found[place]) for place in sorted(found)]
+
+
+def perplexity(results: Sequence[Result]) -> Any:
+    """Perplexity over the dense model's against what was removed, a plot a model."""
+    names = list(dict.fromkeys(result["model"] for result in results))
+    figure, plots = axes(len(names))
+    for plot, model in zip(plots, names, strict=True):
+        own = [result for result in results if result["model"] == model]
+        dense = next(result["perplexity"] for result in own if result["method"] == DENSE)
+        for method in SHOWN:
+            found = [result for result in own if result["method"] == method and "failed" not in result]
+            x, y = mean_by(found, lambda r: 100 * r["reduction"], lambda r, dense=dense: r["perplexity"] / dense)
+            plot.plot(x, y, marker=".", label=methods()[method]["label"])
+        plot.set(title=model, xlabel="% of parameters removed", yscale="log")
+    plots[0].set_ylabel("perplexity / dense")
+    plots[0].legend()
+    return figure
+
+
+def towers(grid: Sequence[Result], results: Sequence[Result]) -> Any:
+    """Accuracy against the part of the vision tower in the reduction, with uniform ranks beside."""
+    reductions = sorted({result["reduction"] for result in grid})
+    figure, plots = axes(len(reductions), 3.0)
+    for plot, reduction in zip(plots, reductions, strict=True):
+        own = [result for result in grid if result["reduction"] == reduction]
+        plot.plot(
+            *mean_by(own, lambda r: r["settings"]["vision"], accuracy), marker=".", label="PGSVD, two ε, by hand"
+        )
+        for method, style in (("als", ":"), ("pgsvd_als", "--"), ("pgsvd_towers", "-")):
+            found = [accuracy(r) for r in results if r["method"] == method and r["reduction"] == reduction]
+            if found:
+                plot.axhline(statistics.mean(found), color="gray", linestyle=style, label=methods()[method]["label"])
+        plot.set(title=f"{reduction:.0%} removed", xlabel="vision tower's reduction / the whole's")
+    plots[0].set_ylabel("mean accuracy, %")
+    plots[-1].legend()
+    return figure
+
+
+def accuracy(result: Result) -> float:
+    return 100 * result["mean_accuracy"]

@@ -1,0 +1,135 @@
+"""Zero-shot classification with a CLIP: a question for each set of pictures, with its possible answers.
+
+An answer is put in several wordings, whose embeddings are averaged, as CLIP's authors do.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from captions import CLASSES, FAMILIES, PLACES, alter, draw_content, prompts, unseen_tint
+from torch import Tensor
+
+
+# For sets whose classes have names and nothing more.
+TEMPLATES = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a picture of a {}.",
+    "a good photo of a {}.",
+    "a close-up of a {}.",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Pictures, what may be said of them, and what is right.
+
+    Args:
+        pictures: `(N, 3, H, W)`, uint8, or a sequence of PIL images.
+        answers: of each possible answer its wordings.
+        right: place of the right answer of each picture, `(N,)`.
+    """
+
+    pictures: Any
+    answers: Sequence[Sequence[str]]
+    right: Tensor
+
+
+def answers(mentioned: Sequence[Mapping[str, int]]) -> list[list[str]]:
+    """The wordings of answers that mention just this."""
+    return [prompts(each) for each in mentioned]
+
+
+def altered(pictures: Tensor, content: Tensor, seed: int) -> Tensor:
+    """Pictures as uint8 with what their contents say."""
+    found = alter(pictures.float() / 255, content, torch.Generator().manual_seed(seed))
+    return (found * 255).round().to(torch.uint8)
+
+
+def about_family(name: str, pictures: Tensor, labels: Sequence[int], seed: int) -> Question:
+    """Which value of a family pictures have that are altered in no other way, each value as often as the others."""
+    count = len(FAMILIES[name])
+    content = torch.zeros(len(labels), len(PLACES), dtype=torch.long)
+    content[:, 0] = torch.tensor(labels)
+    right = torch.arange(len(labels)) // len(CLASSES) % count
+    content[:, PLACES[name]] = right
+    return Question(altered(pictures, content, seed), answers([{name: value} for value in range(count)]), right)
+
+
+def unseen_pairs(pictures: Tensor, labels: Sequence[int], seed: int) -> Question:
+    """Which class in which tint, of pictures in the one tint in which the class was never shown."""
+    tints = len(FAMILIES["tint"]) - 1
+    content = torch.zeros(len(labels), len(PLACES), dtype=torch.long)
+    content[:, 0] = torch.tensor(labels)
+    content[:, PLACES["tint"]] = torch.tensor([unseen_tint(label) for label in labels])
+    said = [{"class": label, "tint": tint} for label in range(len(CLASSES)) for tint in range(1, tints + 1)]
+    right = content[:, 0] * tints + content[:, PLACES["tint"]] - 1
+    return Question(altered(pictures, content, seed), answers(said), right)
+
+
+def questions(pictures: Tensor, labels: Sequence[int], seed: int = 0) -> dict[str, Question]:
+    """The six sets of our own CLIP, of held-out pictures `(N, 3, 32, 32)` and their classes."""
+    classes = answers([{"class": label} for label in range(len(CLASSES))])
+    right = torch.tensor(labels)
+    content = draw_content(labels, random.Random(seed))
+    return {
+        "class": Question(pictures, classes, right),
+        "class of altered": Question(altered(pictures, content, seed), classes, right),
+        **{name: about_family(name, pictures, labels, seed) for name in ("tint", "turn", "focus")},
+        "unseen pairs": unseen_pairs(pictures, labels, seed),
+    }
+
+
+def named_classes(where: Mapping[str, str]) -> Question:
+    """A labelled set of the Hub (`dataset`, `split`, and its columns `image` and `label`)."""
+    from datasets import load_dataset
+
+    rows = load_dataset(where["dataset"], split=where["split"])
+    names = [name.replace("_", " ").lower() for name in rows.features[where["label"]].names]
+    wordings = [[template.format(name) for template in TEMPLATES] for name in names]
+    return Question(rows[where["image"]], wordings, torch.tensor(rows[where["label"]]))
+
+
+@torch.no_grad()
+def text_embeddings(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Unit vectors `(len(texts), d)`."""
+    given = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(model.device)
+    return torch.nn.functional.normalize(model.get_text_features(**given).pooler_output.float(), dim=-1)
+
+
+def answer_embeddings(model: Any, tokenizer: Any, wordings: Sequence[Sequence[str]]) -> Tensor:
+    """The mean over the wordings of each answer, again unit vectors `(answers, d)`."""
+    means = [text_embeddings(model, tokenizer, texts).mean(0) for texts in wordings]
+    return torch.nn.functional.normalize(torch.stack(means), dim=-1)
+
+
+def pixel_values(image_processor: Any, pictures: Any, batch_size: int = 500) -> Tensor:
+    """What the model reads of pictures `(N, 3, H, W)`, uint8, or of PIL images."""
+    from PIL import Image
+
+    found = []
+    for start in range(0, len(pictures), batch_size):
+        few = pictures[start : start + batch_size]
+        if isinstance(few, Tensor):
+            few = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in few]
+        found.append(image_processor(images=list(few), return_tensors="pt")["pixel_values"])
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def image_embeddings(model: Any, pixels: Tensor, batch_size: int = 250) -> Tensor:
+    """Unit vectors `(N, d)`."""
+    batches = (batch.to(model.device, model.dtype) for batch in pixels.split(batch_size))
+    found = [model.get_image_features(pixel_values=batch).pooler_output.float() for batch in batches]
+    return torch.nn.functional.normalize(torch.cat(found), dim=-1)
+
+
+def accuracy(model: Any, tokenizer: Any, question: Question, pixels: Tensor) -> float:
+    """Share of pictures, given as the model reads them, that are nearest to their right answer."""
+    likeness = image_embeddings(model, pixels) @ answer_embeddings(model, tokenizer, question.answers).T
+    return (likeness.argmax(-1).cpu() == question.right).float().mean().item()

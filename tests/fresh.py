@@ -1,0 +1,45 @@
+"""A new interpreter, in which nothing is imported yet."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+
+# Stands for a machine without the package: nothing named optimum_pgsvd can be imported.
+WITHOUT_PACKAGE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "optimum_pgsvd":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def in_fresh_process(code: str, *arguments: Any, home: Path, without_package: bool = False) -> str:
+    """What code prints in a new interpreter.
+
+    Args:
+        code: run with what follows as `sys.argv[1:]`.
+        arguments: of it.
+        home: for what transformers keeps.
+        without_package: as on a machine where this package is not installed.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home)}
+    if without_package:
+        environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+        code = WITHOUT_PACKAGE + textwrap.dedent(code)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
