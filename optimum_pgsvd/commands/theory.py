@@ -170,7 +170,17 @@ class SweepCommand(Command):
             allocations=args.allocations,
             evaluation=evaluation_of(args, model, config),
         )
-        headings = ["allocation", "removed", "ε", "parameters", "Σ e", "largest e", "activation error", "loss", "exp"]
+        headings = [
+            "allocation",
+            "removed",
+            "ε",
+            "parameters",
+            "Σ e",
+            "largest e",
+            "output error",
+            "loss",
+            "exp(loss)",
+        ]
         rows = [
             (
                 point.allocation, percent(point.parameter_reduction), point.tolerance, point.parameters,
