@@ -80,7 +80,7 @@ class Plan:
     learning_rate: float = 2e-3
     warmup: int = 300
     cooldown: float = 0.3
-    weight_decay: float = 0.02
+    weight_decay: float = 0.2
     kept: float = 1.0
     report_every: int = 100
     heldout_every: int = 2000
