@@ -40,7 +40,7 @@ KEPT = (0.8, 0.6)
 
 
 def trained() -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, weight and Gram matrix of every layer that would be compressed in the models of `perplexity.py`."""
+    """Name, weight and Gram matrix of every layer that would be compressed in the models of `perplexity.cases`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from optimum_pgsvd import PGSVDConfig
