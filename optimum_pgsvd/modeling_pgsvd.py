@@ -10,6 +10,7 @@ what makes the other rows of them as another, `coefficients`.
 
 import copy
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -389,28 +390,37 @@ class LowRankQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
-            fused = take_experts_apart(model)
-            names = model_names(model, self.quantization_config.ranks, self)
-            put_experts_back(model, fused, names)
-            layer = LAYERS[self.quantization_config.storage]
-            for name, rank in names.items():
-                set_submodule(model, name, layer.like(model.get_submodule(name), rank, device="meta"))
-            tripwires = {rf"^{re.escape(name)}\.weight$" for name in names}
-            tripwires |= {rf"^{re.escape(name)}\.\w+_proj$" for name in apart_experts(model)}
-            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *tripwires}
-            check_factors_while_loading(model)
+            self._build_layers(model, stock_conversions(model))
+            check_factors_while_loading(model, self.quantization_config.ranks)
         return model
+
+    def update_weight_conversions(self, weight_conversions, model):
+        """The stock's; layers whose names only a user's `key_mapping` translates are built here, where it comes in."""
+        if self.pre_quantized and not low_rank_layers(model):
+            self._build_layers(model, weight_conversions)
+        return super().update_weight_conversions(weight_conversions, model)
+
+    def _build_layers(self, model, conversions):
+        """Put low-rank layers of the checkpoint's ranks in their places, on the meta device."""
+        fused = take_experts_apart(model)
+        names = model_names(model, self.quantization_config.ranks, conversions)
+        put_experts_back(model, fused, names)
+        layer = LAYERS[self.quantization_config.storage]
+        for name, rank in names.items():
+            set_submodule(model, name, layer.like(model.get_submodule(name), rank, device="meta"))
+        tripwires = {rf"^{re.escape(name)}\.weight$" for name in names}
+        tripwires |= {rf"^{re.escape(name)}\.\w+_proj$" for name in apart_experts(model)}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *tripwires}
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
             raise_for(misshapen_factors(model) + damaged_orders(model))
+            record_ranks(model, self.quantization_config)
         return model
 
     def get_state_dict_and_metadata(self, model):
         """The state to save, with the ranks brought up to date and a tripwire for every layer."""
-        layers = low_rank_layers(model)
-        names = checkpoint_names(model, layers)
-        self.quantization_config.ranks = {names[name]: layer.rank for name, layer in layers.items()}
+        record_ranks(model, self.quantization_config)
         return {**model.state_dict(), **tripwires(model)}, {}
 
     def _dequantize(self, model, dtype=None):
@@ -426,7 +436,9 @@ class LowRankQuantizer(HfQuantizer):
         super().remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, transformers.PreTrainedModel):
-                vars(module.config).pop("_is_quantized", None)
+                for name in ("_is_quantized", "quantization_config"):
+                    vars(module.config).pop(name, None)
+                vars(module).pop("hf_quantizer", None)
         vars(model.config).pop("auto_map", None)
 
 
@@ -473,19 +485,62 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def model_names(model: nn.Module, ranks: dict, quantizer: HfQuantizer) -> dict[str, int]:
+def record_ranks(model: Any, config: Any) -> None:
+    """Bring the ranks in a compressed model's config up to date, by the names of its layers in the checkpoint.
+
+    The config of each tower gets those of its own layers, by which stock transformers loads the tower alone from the
+    checkpoint of the whole; and each tower a quantizer of its own, by which it can be saved alone.
+    """
+    layers = low_rank_layers(model)
+    names = checkpoint_names(model, layers)
+    config.ranks = {names[name]: layer.rank for name, layer in layers.items()}
+    model.config.quantization_config = config
+    for _, tower in towers_of(model):
+        vars(tower.config).pop("quantization_config", None)
+        vars(tower).pop("hf_quantizer", None)
+    for prefix, tower in towers_of(model):
+        inner = {names[name]: layer.rank for name, layer in layers.items() if name.startswith(f"{prefix}.")}
+        if inner:
+            others = getattr(tower.config, "quantization_config", {}).get("ranks", {})
+            tower.config.quantization_config = part_config(config, prefix, {**others, **inner})
+            own = AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD].from_dict(part_config(config, prefix, inner))
+            tower.hf_quantizer = AUTO_QUANTIZER_MAPPING[QUANT_METHOD](own, pre_quantized=True)
+
+
+def towers_of(model: Any) -> list[tuple[str, Any]]:
+    """The models in a model that have a config of their own, by name."""
+    inner = (
+        (name, module) for name, module in model.named_modules() if isinstance(module, transformers.PreTrainedModel)
+    )
+    return [(name, module) for name, module in inner if module.config is not model.config]
+
+
+def part_config(config: Any, tower: str, ranks: dict[str, int]) -> dict[str, Any]:
+    """What a tower's config says of its compression: all that loading needs, and not how the whole was made."""
+    part = {"quant_method": QUANT_METHOD, "format_version": config.format_version, "ranks": ranks, "tower": tower}
+    if config.storage != "factors":
+        part["storage"] = config.storage
+    return part
+
+
+def stock_conversions(model: Any, **options: Any) -> list[Any]:
+    """What the loader does to the names in a checkpoint of a model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(model, **options)
+
+
+def model_names(model: Any, ranks: dict, conversions: list) -> dict[str, int]:
     """Ranks by the model's own module names, which may differ from the checkpoint's.
 
     Translated by the loader's own renamings. Layers that this class does not have, as when only one tower of a
     checkpoint is loaded, are left out.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     dense = {
         f"{name}.weight": True for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
     }
-    conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     names = {}
     for name, rank in ranks.items():
@@ -501,10 +556,10 @@ def checkpoint_names(model: nn.Module, names) -> dict[str, str]:
     """The name on disk of each module, as `save_pretrained` will write it."""
     from transformers.core_model_loading import WeightRenaming
 
-    conversions = reversed(getattr(model, "_weight_conversions", None) or [])
-    renamings = [
-        conversion.reverse_transform() for conversion in conversions if isinstance(conversion, WeightRenaming)
-    ]
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # not loaded: the stock's names, but for the prefixes of which nobody can know
+        conversions = [c for c in stock_conversions(model, add_legacy=False) if type(c).__name__ != "PrefixChange"]
+    renamings = [c.reverse_transform() for c in reversed(conversions) if isinstance(c, WeightRenaming)]
 
     def on_disk(name: str) -> str:
         key = f"{name}.weight"
@@ -515,7 +570,7 @@ def checkpoint_names(model: nn.Module, names) -> dict[str, str]:
     return {name: on_disk(name) for name in names}
 
 
-def check_factors_while_loading(model: Any) -> None:
+def check_factors_while_loading(model: Any, ranks: dict) -> None:
     """Make the loader raise `RuntimeError` for a factor that is missing, extra or misshapen.
 
     Stock transformers only warns about missing and unexpected weights. The check runs where it settles which of them
@@ -526,12 +581,28 @@ def check_factors_while_loading(model: Any) -> None:
     def settle_and_check(loading_info):
         del model._adjust_missing_and_unexpected_keys
         settle(loading_info)
+        refuse_strangers(model, ranks, loading_info.missing_keys)
         problems = factor_problems(model, loading_info)
         if problems:
             loading_info.mismatched_keys.clear()
         raise_for(problems)
 
     model._adjust_missing_and_unexpected_keys = settle_and_check
+
+
+def refuse_strangers(model: Any, ranks: dict, missing: Iterable[str]) -> None:
+    """Raise `RuntimeError` where none of a checkpoint's layers is found in a model, which would be left at random."""
+    if low_rank_layers(model) or not ranks:
+        return
+    kinds = {tuple(name.split(".")[-2:]) for name in ranks}
+    lost = [name for name in sorted(missing) if tuple(name.split(".")[-3:-1]) in kinds]
+    if lost:
+        raise RuntimeError(
+            f"the checkpoint has compressed layers, {next(iter(ranks))} among them, and none of them is found in a "
+            f"{type(model).__name__}, whose {lost[0]} and {len(lost) - 1} other weights would be left at random: the "
+            "names differ, as they would from the dense model's. Load the whole model and take the tower from it, or "
+            'give from_pretrained(..., key_mapping={"^prefix\\.": ""})'
+        )
 
 
 def raise_for(problems: list[str]) -> None:

@@ -77,6 +77,9 @@ class PGSVDQuantizer(LowRankQuantizer):
         super()._process_model_after_weight_loading(model, **kwargs)
         if self.pre_quantized:
             report = load_report(model.name_or_path, revision=model.pgsvd_commit)
+            tower = self.quantization_config.record.get("tower")
+            if report is not None and tower and any(layer.name.startswith(f"{tower}.") for layer in report.layers):
+                report = report.of_tower(tower, model)
             attach_artifacts(model, cut.finish(model, report) if cut else report)
             return model
         del model.config.quantization_config

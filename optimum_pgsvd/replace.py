@@ -17,9 +17,9 @@ from .modeling_pgsvd import (
     LAYERS,
     LowRankLayer,
     apart_experts,
-    checkpoint_names,
     low_rank_layers,
     put_experts_back,
+    record_ranks,
     set_submodule,
     take_experts_apart,
 )
@@ -97,9 +97,7 @@ def mark_compressed(model: PreTrainedModel, config: PGSVDConfig) -> PGSVDConfig:
     Returns:
         The result's config, with the rank of every compressed layer by its name in the checkpoint.
     """
-    layers = low_rank_layers(model)
-    names = checkpoint_names(model, layers)
-    result = config.with_ranks({names[name]: layer.rank for name, layer in layers.items()})
+    result = config.with_ranks({})
     copies: dict[int, object] = {}
     copy.deepcopy(model.config, copies)
     for module in model.modules():
@@ -108,7 +106,7 @@ def mark_compressed(model: PreTrainedModel, config: PGSVDConfig) -> PGSVDConfig:
             module.config = copies[id(inner)]
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
-    model.config.quantization_config = result
+    record_ranks(model, result)
     model.hf_quantizer = AutoHfQuantizer.from_config(result, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, result.quant_method
     return result

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -163,6 +163,28 @@ class CompressionReport:
             "notes": tuple(values["notes"]),
         }
         return cls(**{key: value for key, value in values.items() if key != "targets"} | known)
+
+    def of_tower(self, tower: str, model: nn.Module) -> CompressionReport:
+        """The part of a whole model's report that is about one of its towers, loaded alone.
+
+        Args:
+            tower: its name in the whole.
+            model: the tower, whose layers may be called as in the whole or as below the tower.
+        """
+        modules = {name for name, _ in model.named_modules()}
+
+        def called(name: str) -> str:
+            return name if name in modules else name.removeprefix(f"{tower}.")
+
+        inside = (layer for layer in self.layers if layer.name.startswith(f"{tower}."))
+        layers = tuple(replace(layer, name=called(layer.name)) for layer in inside)
+        skipped = {called(name): why for name, why in self.skipped.items() if name.startswith(f"{tower}.")}
+        after, size = ModelSize.of(model), next(p.element_size() for p in model.parameters())
+        saved = sum(layer.parameters_before - layer.parameters_after for layer in layers)
+        before = ModelSize(after.parameters + saved, after.bytes + saved * size)
+        return replace(
+            self, layers=layers, skipped=skipped, model_before=before, model_after=after, notes=(), search={}
+        )
 
     def save(self, folder: str | os.PathLike) -> str:
         """Write `pgsvd_report.json` into a folder and return its path."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..config import BUDGETS, PGSVDConfig
 from ..errors import ConfigError
-from ..modeling_pgsvd import LowRankQuantizer, model_names
+from ..modeling_pgsvd import LowRankQuantizer, model_names, stock_conversions
 from ..planning import plan_ranks
 from ..replace import experts_apart
 from ..report import CompressionReport
@@ -128,7 +128,7 @@ def plan_cut(model: PreTrainedModel, request: PGSVDConfig, quantizer: LowRankQua
 def stored_layers(model: PreTrainedModel, side: SideFile, quantizer: LowRankQuantizer) -> dict[str, StoredLayer]:
     """The targets of a checkpoint that a model has, by module name; those of another tower are left out."""
     ranks: Any = quantizer.quantization_config.ranks
-    names: dict[str, Any] = model_names(model, {name: name for name in side.values}, quantizer)
+    names: dict[str, Any] = model_names(model, {name: name for name in side.values}, stock_conversions(model))
     return {
         module: StoredLayer(
             name,
