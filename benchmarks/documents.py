@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import claims
+import grid
 import plots
 from cells import fill
-from grid import DENSE, ROOT, methods, models, names, read_results, read_yaml
+from grid import DENSE, ROOT, methods, names, read_results, read_yaml
 
 
 Result = Mapping[str, Any]
@@ -82,7 +83,7 @@ def perplexity(results: Sequence[Result]) -> str:
         tokens = next(result["evaluation_tokens"] for result in own if "failed" not in result)
         read = max(result.get("calibration_tokens", 0) for result in own)
         note = f"{tokens:,} evaluation tokens; calibrated on at most {read:,}."
-        parts.append(f"### {models()[model]['label']}\n\n{by_reduction(own, perplexity_of)}\n\n{note}")
+        parts.append(f"### {grid.models()[model]['label']}\n\n{by_reduction(own, perplexity_of)}\n\n{note}")
     return "\n\n".join(parts)
 
 
@@ -107,7 +108,7 @@ def accuracy(results: Sequence[Result]) -> str:
             mean = [f"{statistics.mean(each['accuracy'] for each in found):.1%}"] if len(tasks) > 1 else []
             rows.append([name, *shares, *mean])
         heads = [task.removeprefix("local_") for task in tasks] + (["mean"] if len(tasks) > 1 else [])
-        parts.append(f"{table([models()[model]['label'], *heads], rows)}")
+        parts.append(f"{table([grid.models()[model]['label'], *heads], rows)}")
     return "\n\n".join(parts)
 
 

@@ -77,13 +77,13 @@ class Plan:
 
     steps: int
     batch_size: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup: int = 300
     cooldown: float = 0.3
-    weight_decay: float = 0.3
-    kept: float = 0.5
-    report_every: int = 20
-    heldout_every: int = 1000
+    weight_decay: float = 0.02
+    kept: float = 1.0
+    report_every: int = 100
+    heldout_every: int = 2000
     heldout_pictures: int = 1000
     autocast: bool = True
     compile: bool = True
@@ -103,14 +103,19 @@ class Plan:
 
 
 def make_config(vocabulary: int) -> CLIPConfig:
-    """The vision tower of width 256 and six layers, the text tower of width 192 and four."""
-    vision = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
-    text = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
+    """A vision tower of six layers and a text tower of four, narrow, so that their capacity is needed."""
+    tower = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2}
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     return CLIPConfig(
-        vision_config={**vision, "image_size": 32, "patch_size": 4},
-        text_config={**text, **special, "vocab_size": vocabulary, "max_position_embeddings": LENGTH},
-        projection_dim=128,
+        vision_config={**tower, "num_hidden_layers": 6, "image_size": 32, "patch_size": 4},
+        text_config={
+            **tower,
+            **special,
+            "num_hidden_layers": 4,
+            "vocab_size": vocabulary,
+            "max_position_embeddings": LENGTH,
+        },
+        projection_dim=64,
     )
 
 

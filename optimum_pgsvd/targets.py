@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import PGSVDConfig
 from .errors import ConfigError, UnsupportedModelError
-from .modeling_pgsvd import LowRankLayer
+from .modeling_pgsvd import LowRankLayer, is_fused
 from .structures import LinearShape
 
 
@@ -197,7 +197,7 @@ def _reasons(model: nn.Module, owners: Counter[int]) -> dict[str, str]:
                 f"{name}.{inner}": "inside nn.MultiheadAttention" for inner, _ in module.named_modules() if inner
             }
         if _fused_experts(module):
-            reasons[name] = "fused experts of a kind of their own"
+            reasons[name] = "experts, not taken apart" if is_fused(module) else "fused experts of a kind of their own"
         if isinstance(module, LINEAR_TYPES) and name not in reasons:
             if module in heads:
                 reasons[name] = "output head"

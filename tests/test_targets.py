@@ -13,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_pgsvd import PGSVDCompressor, PGSVDConfig
 from optimum_pgsvd.errors import ConfigError, UnsupportedModelError
+from optimum_pgsvd.modeling_pgsvd import take_experts_apart
 from optimum_pgsvd.targets import Targets, find_blocks, find_targets, first_match, matches
 
 
 EMBEDDING, HEAD, OUTSIDE, ROUTER = "embedding", "output head", "outside the repeated blocks", "router"
-FUSED = "fused experts are not supported yet"
+FUSED = "experts, not taken apart"
 
 LLAMA = ["model.layers.{0,1}.self_attn.{q,k,v,o}_proj", "model.layers.{0,1}.mlp.{gate,up,down}_proj"]
 LLAMA_SKIPPED = {EMBEDDING: ["model.embed_tokens"], HEAD: ["lm_head"]}
@@ -261,6 +262,19 @@ def test_skipped_with_reasons(family: Family) -> None:
     _, _, skipped = EXPECTED[family.name]
     expected = {name: reason for reason, patterns in skipped.items() for name in expand_all(patterns)}
     assert targets_of(family.build()).skipped == expected
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_taken_apart_are_targets(name: str) -> None:
+    model = FAMILIES[name].build()
+    fused = take_experts_apart(model)
+    targets = targets_of(model)
+    assert FUSED not in targets.skipped.values()
+    for experts, module in fused.items():
+        inside = [target for target in targets.names if target.startswith(f"{experts}.")]
+        assert inside == [
+            f"{experts}.{i}.{kind}" for i in range(len(module.down_proj)) for kind in ("gate_up", "down")
+        ]
 
 
 @each_family
