@@ -99,10 +99,13 @@ def accuracy(results: Sequence[Result]) -> str:
     parts = []
     for model in distinct(results, "model"):
         own = order(of(results, model=model))
-        tasks = list(own[0]["accuracy"])
+        tasks = list(next(result["accuracy"] for result in own if "failed" not in result))
         rows = []
         for result in own:
             name = label(result["method"]) + (f", {result['reduction']:.0%} removed" if result["reduction"] else "")
+            if "failed" in result:
+                rows.append([name, *["failed"] * (len(tasks) + (len(tasks) > 1))])
+                continue
             found = [result["accuracy"][task] for task in tasks]
             shares = [f"{each['accuracy']:.1%} ± {each['standard_error']:.1%}" for each in found]
             mean = [f"{statistics.mean(each['accuracy'] for each in found):.1%}"] if len(tasks) > 1 else []

@@ -10,7 +10,7 @@ import torch
 from models import FAMILIES, Batch
 from transformers import PreTrainedModel
 
-from optimum_pgsvd import CompressionReport, ConfigError, PGSVDCompressor, PGSVDConfig
+from optimum_pgsvd import CalibrationError, CompressionReport, ConfigError, PGSVDCompressor, PGSVDConfig
 from optimum_pgsvd.analysis import Point, evaluation_set, mean_loss, sweep_model
 from optimum_pgsvd.factoring import request_at
 from optimum_pgsvd.modeling_pgsvd import low_rank_layers
@@ -113,7 +113,7 @@ def test_calibration_runs_once_however_many_points_there_are(solver: str) -> Non
     assert len(passes) == batches + 1
     passes.clear()
     sweep_model(model, config, reductions=[0.1, 0.2, 0.3], evaluation=evaluation)
-    assert len(passes) == batches + 1 + (1 + 2 * 3) * len(evaluation)
+    assert len(passes) == batches + 1 + 1 + (1 + 2 * 3) * len(evaluation)  # of which one asks whether there is a loss
 
 
 def test_allocations_by_gradients_and_pivoted_storage_take_part() -> None:
@@ -157,6 +157,13 @@ def test_what_cannot_be_swept_is_refused_before_a_point_is_made(
     monkeypatch.setattr(FAMILIES["llama"].model_class, "forward", None)
     with pytest.raises(ConfigError, match=message):
         sweep_model(FAMILIES["llama"].build(), config_for(**fields), **budgets)
+
+
+def test_a_model_without_a_loss_is_told_before_it_is_calibrated(monkeypatch) -> None:
+    model, config = FAMILIES["bert"].build(), config_for("bert")
+    monkeypatch.setattr("optimum_pgsvd.analysis.sweep.measured_once", None)
+    with pytest.raises(CalibrationError, match="BertForMaskedLM gives no loss"):
+        sweep_model(model, config, reductions=[0.3], evaluation=held_out("bert"))
 
 
 def test_an_evaluation_set_is_made_as_a_calibration_set_is(dense, texts) -> None:

@@ -208,9 +208,21 @@ def test_divergence_of_logits(seed: int) -> None:
     found = divergence(Predictions((dense, dense.T)), Predictions((compressed, compressed.T)))
     expected = reference.kl_of_softmax(dense, compressed) + reference.kl_of_softmax(dense.T, compressed.T)
     assert found == (pytest.approx(expected, rel=1e-5), 12)
-    assert divergence(Predictions((dense,)), Predictions((dense,)))[0] == pytest.approx(0, abs=1e-6)
-    shifted = divergence(Predictions((dense,)), Predictions((dense + 5,)))
-    assert shifted[0] == pytest.approx(0, abs=1e-5)
+    assert found[0] == pytest.approx(expected, rel=1e-12)
+    assert divergence(Predictions((dense,)), Predictions((dense,)))[0] == 0
+    shifted = divergence(Predictions((dense.double(),)), Predictions((dense.double() + 5,)))
+    assert shifted[0] == pytest.approx(0, abs=1e-13)
+
+
+def test_small_divergences_are_more_than_rounding() -> None:
+    """Of logits that differ by 1e-5 it is of the order 1e-10, far below what float32 leaves of their difference."""
+    dense = torch.randn(600, 50, generator=generator(0)) * 5
+    compressed = dense + 1e-5 * torch.randn(600, 50, generator=generator(1))
+    expected = reference.kl_of_softmax(dense, compressed)
+    found, count = divergence(Predictions((dense,)), Predictions((compressed,)))
+    assert 0 < expected < 1e-7
+    assert count == 600
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_divergence_of_what_is_no_logits() -> None:

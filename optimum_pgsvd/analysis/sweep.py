@@ -149,6 +149,8 @@ def sweep_model(
     clock, points = Clock(), []
     with found_targets(model, config) as targets:
         check_budgets_of(targets, config, allocations, reductions, tolerances)
+        if evaluation:
+            mean_loss(model, evaluation[:1])  # where there is no loss, that is told before hours of work
         with clock("data"):
             calibration = calibration_of(model, targets, config, tokenizer)
         once = measured_once(model, targets, config, calibration, allocations, clock)
