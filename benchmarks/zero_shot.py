@@ -5,6 +5,7 @@ An answer is put in several wordings, whose embeddings are averaged, as CLIP's a
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,18 @@ def about_family(name: str, pictures: Tensor, labels: Sequence[int], seed: int) 
     return Question(altered(pictures, content, seed), answers(said), right)
 
 
+def about_mark(pictures: Tensor, labels: Sequence[int], seed: int) -> Question:
+    """Which mark pictures have that are altered in no other way: its ink, its spot and its sign."""
+    chance = torch.Generator().manual_seed(seed)
+    content = torch.zeros(len(labels), len(PLACES), dtype=torch.long)
+    content[:, 0] = torch.tensor(labels)
+    marks = list(itertools.product(*(range(1, len(FAMILIES[name])) for name in MARK)))
+    right = torch.randint(len(marks), (len(labels),), generator=chance)
+    content[:, [PLACES[name] for name in MARK]] = torch.tensor(marks)[right]
+    said = [dict(zip(MARK, mark, strict=True)) for mark in marks]
+    return Question(altered(pictures, content, seed), answers(said), right)
+
+
 def unseen_pairs(pictures: Tensor, labels: Sequence[int], seed: int) -> Question:
     """Which class in which tint, of pictures in the one tint in which the class was never shown."""
     tints = len(FAMILIES["tint"]) - 1
@@ -86,7 +99,8 @@ def questions(pictures: Tensor, labels: Sequence[int], seed: int = 0) -> dict[st
     return {
         "class": Question(pictures, classes, right),
         "class of altered": Question(altered(pictures, content, seed), classes, right),
-        **{name: about_family(name, pictures, labels, seed) for name in ("tint", "ink", "spot")},
+        **{name: about_family(name, pictures, labels, seed) for name in ("tint", "spot")},
+        "mark": about_mark(pictures, labels, seed),
         "unseen pairs": unseen_pairs(pictures, labels, seed),
     }
 

@@ -220,12 +220,12 @@ def test_every_set_has_its_right_answer_among_the_possible_ones(pictures):
     from zero_shot import questions
 
     asked = questions(*pictures)
-    assert list(asked) == ["class", "class of altered", "tint", "ink", "spot", "unseen pairs"]
+    assert list(asked) == ["class", "class of altered", "tint", "spot", "mark", "unseen pairs"]
     for name, question in asked.items():
         assert len(question.pictures) == len(question.right) == 100
         assert 0 <= question.right.min() <= question.right.max() < len(question.answers), name
         assert len({tuple(wordings) for wordings in question.answers}) == len(question.answers)
-    assert [len(asked[name].answers) for name in asked] == [10, 10, 6, 6, 9, 50]
+    assert [len(asked[name].answers) for name in asked] == [10, 10, 6, 9, 162, 50]
     counts = asked["spot"].right.bincount()
     assert counts.max() - counts.min() <= 10
     assert torch.equal(asked["class"].pictures, pictures[0])
@@ -257,7 +257,7 @@ def test_accuracy_is_the_share_of_right_answers(pictures, tokenizer):
 # Training
 
 
-def test_with_all_patches_the_forward_pass_is_that_of_the_model(tokenizer):
+def test_the_forward_pass_is_that_of_the_model(tokenizer):
     from train_clip import build, make_forward
 
     model = build(tiny_config(len(tokenizer)), seed=0)
@@ -265,17 +265,7 @@ def test_with_all_patches_the_forward_pass_is_that_of_the_model(tokenizer):
     pixels = torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     ids = tokenizer(["a cat", "a dark dog", "one ship", "a horse"], padding=True, return_tensors="pt")["input_ids"]
     expected = model(pixel_values=pixels, input_ids=ids).logits_per_text
-    torch.testing.assert_close(forward(pixels, ids, torch.arange(16)), expected)
-    assert not torch.allclose(forward(pixels, ids, torch.arange(8)), expected, atol=1e-3)
-
-
-def test_patches_are_left_out_until_the_last_part():
-    settings = plan(steps=100, cooldown=0.3, kept=0.25)
-    drawn = [settings.patches(step, 64).tolist() for step in range(70)]
-    assert all(len(set(each)) == 16 for each in drawn)
-    assert len(set(map(tuple, drawn))) == 70
-    assert set().union(*drawn) == set(range(64))
-    assert [settings.patches(step, 64).tolist() for step in range(70, 100)] == [list(range(64))] * 30
+    torch.testing.assert_close(forward(pixels, ids), expected)
 
 
 def test_the_rate_rises_stands_still_and_comes_down():
@@ -304,7 +294,7 @@ def test_stopping_and_going_on_changes_no_bit(pictures, tokenizer, tmp_path, aut
 def test_shades_are_learned(pictures, tokenizer, tmp_path):
     from train import read_log
 
-    run = train(pictures, tokenizer, tmp_path, plan(steps=150, report_every=10, heldout_every=150, kept=1.0))
+    run = train(pictures, tokenizer, tmp_path, plan(steps=150, report_every=10, heldout_every=150))
     log = read_log(tmp_path / "log.jsonl")
     assert log[-1]["loss"] < log[0]["loss"] - 0.3
     assert log[-1]["heldout"]["class"] >= 0.4  # of ten classes
@@ -316,9 +306,9 @@ def test_shades_are_learned(pictures, tokenizer, tmp_path):
 
 @pytest.fixture
 def folder():
-    path = BENCHMARKS / "reference" / "clip-7m"
+    path = BENCHMARKS / "reference" / "clip-0.6m"
     if not (path / "training.json").exists():
-        pytest.skip("benchmarks/reference/clip-7m is not there: train it with benchmarks/train_clip.py")
+        pytest.skip("benchmarks/reference/clip-0.6m is not there: train it with benchmarks/train_clip.py")
     return path
 
 
