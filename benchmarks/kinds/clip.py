@@ -180,6 +180,6 @@ def towers(model: Any) -> dict[str, Any]:
         tolerances = {layer.tolerance for layer in layers}
         found[tower] = {
             "tolerance": tolerances.pop() if len(tolerances) == 1 else None,
-            "parameter_reduction": 1 - sum(layer.parameters_after for layer in layers) / before,
+            "parameter_reduction": 1 - sum(layer.parameters_after for layer in layers) / before if layers else 0.0,
         }
     return found
