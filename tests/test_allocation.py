@@ -594,7 +594,7 @@ def test_svd_llm_v2_takes_no_tolerance():
 def test_an_unknown_allocation_lists_the_known_ones():
     with pytest.raises(ConfigError, match="allocation='greedy' is not known; known are .*pareto.*uniform"):
         ALLOCATIONS["greedy"]
-    traits = ("profile", "takes_tolerance")
+    traits = ("profile", "takes_tolerance", "searches", "shares")
     assert {name: tuple(ALLOCATIONS.trait(name, trait) for trait in traits) for name in ALLOCATIONS.names()} == {
         "loss": ("loss", False),
         "pareto": ("weights", True),
