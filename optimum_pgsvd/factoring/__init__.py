@@ -1,5 +1,6 @@
 """Factoring: one walk over the blocks, in which every planned layer is measured, solved and replaced."""
 
+from .alone import plan_alone
 from .at_plan import compressed_at, cut, plan_at
 from .blocks import factor, report_on
 from .job import Clock, InPlace, Job, Measuring, everything, undone_on_error
@@ -9,6 +10,7 @@ from .plans import check_search, searched_plan
 from .profiles import loss_profiles, output_profiles, planning_profiles
 from .request import Calibration, calibration_of, found_targets, refuse_absent_weights
 from .sensitivity import curvature_of, gradient_energies_of, refuse_without_gradients
+from .towers import plan_towers
 
 
 __all__ = [
@@ -36,7 +38,9 @@ __all__ = [
     "measured",
     "ordered_factors",
     "output_profiles",
+    "plan_alone",
     "plan_at",
+    "plan_towers",
     "planning_profiles",
     "profiles_of",
     "refuse_absent_weights",
