@@ -22,14 +22,14 @@ from .factoring import (
     InPlace,
     Job,
     calibration_of,
+    check_search,
     curvature_of,
     factor,
     found_targets,
     gradient_energies_of,
-    plan_towers,
     planning_profiles,
     report_on,
-    towers_to_share,
+    searched_plan,
     undone_on_error,
 )
 from .measurements import Measurements, measurements_of
@@ -120,7 +120,7 @@ class PGSVDCompressor(OptimumQuantizer):
         before = ModelSize.of(model)
         check_request(model, targets, self.config)
         if self.config.searched:
-            towers_to_share(model, targets, self.config)
+            check_search(model, targets, self.config)
         with clock("data"):
             calibration = calibration_of(model, targets, self.config, tokenizer)
         curvature: dict[str, Tensor] = {}
@@ -134,7 +134,7 @@ class PGSVDCompressor(OptimumQuantizer):
         with clock("plan"):
             profiles = planning_profiles(model, targets, self.config, calibration, curvature=curvature)
         if self.config.searched:
-            plan, search = plan_towers(model, targets, self.config, calibration, clock)
+            plan, search = searched_plan(model, targets, self.config, calibration, clock)
         else:
             plan, search = plan_ranks(targets, self.config, profiles), {}
         elastic = Elastic(profiles) if self.config.elastic else None

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..calibration import loss_of, predictions_in
+from ..calibration import Batch, loss_of, predictions_in
 from ..calibration.forward import evaluating
 from ..errors import CalibrationError, NonFiniteError
-from .losses import Batch
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from .data import calibration_fingerprint, is_causal, load_calibration_set
 from .forward import evaluating
 from .gradients import measure_gradient_energies
 from .gram import GramRecorder, InputSurvey, measured_by_outputs
-from .losses import loss_of, predictions_in
+from .losses import Batch, loss_of, mean_loss, predictions_in
 from .passes import Replay, Step
 from .predictions import divergence, predict, rows, spread
 from .walk import BlockWalk, InMemory, Weights
@@ -14,6 +14,7 @@ from .walk import BlockWalk, InMemory, Weights
 
 __all__ = [
     "AnchoredRecorder",
+    "Batch",
     "BlockWalk",
     "GramRecorder",
     "InMemory",
@@ -27,6 +28,7 @@ __all__ = [
     "is_causal",
     "load_calibration_set",
     "loss_of",
+    "mean_loss",
     "measure_curvature",
     "measure_gradient_energies",
     "measured_by_outputs",

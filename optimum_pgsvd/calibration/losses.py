@@ -1,21 +1,38 @@
-"""The loss that a model itself computes on a batch."""
+"""The loss that a model itself computes on batches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from .data import is_causal
-from .forward import forward
+from .forward import evaluating, forward
 
 
 Batch = Mapping[str, Any]
 
 # Labels that a loss does not count.
 IGNORED = -100
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """The loss per prediction over all batches, each a forward pass.
+
+    Raises:
+        CalibrationError: see `loss_of`; or there is nothing to predict.
+    """
+    with evaluating(model):
+        losses = [float(loss_of(model, batch, number)) for number, batch in enumerate(batches)]
+    counts = [predictions_in(model, batch) for batch in batches]
+    if not sum(counts):
+        raise CalibrationError("there is nothing to predict in the batches: give longer texts, or other labels")
+    return math.fsum(loss * count for loss, count in zip(losses, counts, strict=True) if count) / sum(counts)
 
 
 def loss_of(model: nn.Module, batch: Batch, number: int = 0) -> Tensor:

@@ -54,7 +54,7 @@ def add_allocation_arguments(parser: ArgumentParser) -> Any:
     """How ranks are chosen; the group of arguments, to add more to."""
     how = parser.add_argument_group("allocation", argument_default=SUPPRESS)
     how.add_argument(
-        "--allocation", help="pareto (PGSVD, default), pareto_outputs, towers, loss, uniform or svd_llm_v2"
+        "--allocation", help="pareto (PGSVD, default), pareto_outputs, towers, loss, uniform, svd_llm_v2 or asvd"
     )
     return how
 
