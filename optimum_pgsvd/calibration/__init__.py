@@ -9,6 +9,7 @@ from .gram import GramRecorder, InputSurvey, measured_by_outputs
 from .losses import loss_of, predictions_in
 from .passes import Replay, Step
 from .predictions import divergence, predict, rows, spread
+from .sources import check_named
 from .walk import BlockWalk, InMemory, Weights
 
 
@@ -22,6 +23,7 @@ __all__ = [
     "Step",
     "Weights",
     "calibration_fingerprint",
+    "check_named",
     "divergence",
     "evaluating",
     "is_causal",
