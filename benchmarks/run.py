@@ -111,6 +111,7 @@ def check_choice(args: argparse.Namespace) -> None:
 
 def run(name: str, args: argparse.Namespace) -> None:
     """Measure what is missing of a file; what cannot be measured here is said and passed over."""
+    from optimum_pgsvd.errors import PGSVDError
 
     def together(cell: Cell) -> tuple[str, str, str]:
         return cell.kind, cell.model, repr(cell.options)
@@ -121,7 +122,7 @@ def run(name: str, args: argparse.Namespace) -> None:
     for (_, model, _), cells in groupby(todo, together):
         try:
             measure(cells, spec_of(model, args), args.result)
-        except (Unavailable, OSError) as error:  # OSError: of what is read from the Hub, where that is out of reach
+        except (Unavailable, PGSVDError, OSError) as error:  # OSError: of the Hub, where that is out of reach
             print(f"{name}: {model} is not measured: {error}", file=sys.stderr)
 
 
@@ -143,11 +144,11 @@ def main(given: list[str] | None = None) -> None:
             print(overview(args.result))
             return
         check_choice(args)  # what is not there stops before the work
-        for name in args.names:
-            if not args.tables:
-                run(name, args)
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    for name in args.names:
+        if not args.tables:
+            run(name, args)
     if args.result == RESULTS:
         from documents import write_documents
 

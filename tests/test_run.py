@@ -211,6 +211,20 @@ def test_another_text_is_another_question(toy, texts, capsys):
     assert capsys.readouterr().out == "toy: all that is asked for is measured already\n"
 
 
+def test_no_window_is_longer_than_the_model_was_made_for(toy):
+    import grid
+    from kinds.language_model import load
+
+    case = load(grid.models()["tiny"] | {"window": 10**4}, {})
+    assert case.windows.shape[1] == case.data["sequence_length"] == case.model.config.max_position_embeddings
+
+
+def test_what_a_model_does_not_allow_is_said_and_passed_over(toy, capsys):
+    write(toy, "kind: language_model\nmodels: [tiny]\nmethods: [dense, eigh]\nreductions: [0.2, 0.9999]\n")
+    assert set(run(toy)) == {("dense", 0), ("eigh", 0.2)}
+    assert "toy: tiny is not measured: parameter_reduction=0.9999 cannot be met" in capsys.readouterr().err
+
+
 def test_what_is_out_of_reach_is_said_and_passed_over(toy, monkeypatch, capsys):
     def unreachable(path, *args, **kwargs):
         raise ConnectionError(f"Couldn't reach {path!r} on the Hub")
