@@ -27,8 +27,8 @@ def exact_loss(model: nn.Module, batch: Batch, number: int) -> Tensor:
     if loss.dtype in (torch.float16, torch.bfloat16):
         step = torch.finfo(loss.dtype).eps
         raise CalibrationError(
-            f"{type(model).__name__} computes its loss in {loss.dtype}, in steps of {step:.1g} of it, which hides what "
-            "compressing it changes; load the model in float32 (--dtype float32)"
+            f"{type(model).__name__} computes its loss in {loss.dtype}, in steps of {step:.1g} of it, which hides "
+            "what compressing it changes; load the model in float32 (--dtype float32)"
         )
     return loss
 
