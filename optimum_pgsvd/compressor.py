@@ -15,7 +15,7 @@ from .calibration import Weights
 from .checkpoint import new_folder
 from .config import PGSVDConfig
 from .elastic import Elastic
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
 from .factoring import (
     Calibration,
     Clock,
@@ -298,8 +298,17 @@ def model_class(name: str | os.PathLike, **options: Any) -> Any:
     Args:
         name: a folder, or a name on the Hub.
         options: such as `revision`, for reading the config.
+
+    Raises:
+        CheckpointError: there is no config, or it names no architecture that transformers knows.
     """
-    named = transformers.AutoConfig.from_pretrained(name, **options).architectures or [""]
+    try:
+        named = transformers.AutoConfig.from_pretrained(name, **options).architectures or [""]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no model can be read from {str(name)!r}: {str(error).strip()}\nGive a folder with the config.json of a "
+            "model, or a name on the Hub"
+        ) from error
     return getattr(transformers, named[0], transformers.AutoModel)
 
 
