@@ -28,6 +28,10 @@ from grid import RESULTS, Cell, Unavailable, chosen, names, read_grid, result_of
 from kinds import kind_of
 
 
+# What a user may give in the place of what the cells have; a part of what the result says it was asked for.
+GIVEN = ("model", "calibration", "evaluation", "tasks")
+
+
 def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="files under benchmarks/cells, without .yaml")
@@ -48,7 +52,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     if not args.names and not (args.list or args.tables):
         parser.error(f"name what to measure: {', '.join(names())}")
     if args.result == RESULTS:
-        for field in ("model", "tasks"):
+        for field in GIVEN:
             if getattr(args, field):
                 parser.error(f"--{field} needs --result FOLDER: what it gives is no result of the cells")
     return args
@@ -88,22 +92,37 @@ def missing(name: str, args: argparse.Namespace) -> list[Cell]:
     wanted = chosen(
         read_grid(name), model=args.model_names, method=args.methods, reduction=args.reductions, seed=args.seeds
     )
-    if args.tasks:
-        wanted = [replace(cell, options={**cell.options, "tasks": args.tasks}) for cell in wanted]
+    given = {field: value for field in GIVEN if (value := getattr(args, field))}
+    for field in {"calibration", "evaluation"} & given.keys():
+        given[field] = str(given[field].absolute())
+    wanted = [replace(cell, options={**cell.options, **given}) for cell in wanted]
     return [cell for cell in wanted if result_of(cell, args.result) is None]
+
+
+def check_choice(args: argparse.Namespace) -> None:
+    """Raise `ValueError` for a choice that no cell of the files fits."""
+    cells = [cell for name in args.names for cell in read_grid(name)]
+    choices = {"model": args.model_names, "method": args.methods, "reduction": args.reductions, "seed": args.seeds}
+    for axis, values in choices.items():
+        there = dict.fromkeys(getattr(cell, axis) for cell in cells)
+        if unknown := [str(value) for value in values or () if value not in there]:
+            raise ValueError(f"--{axis}s {' '.join(unknown)}: the cells have {', '.join(map(str, there))}")
 
 
 def run(name: str, args: argparse.Namespace) -> None:
     """Measure what is missing of a file; what cannot be measured here is said and passed over."""
+    from optimum_pgsvd.errors import PGSVDError
 
     def together(cell: Cell) -> tuple[str, str, str]:
         return cell.kind, cell.model, repr(cell.options)
 
-    todo = sorted(missing(name, args), key=lambda cell: list(map(str, together(cell))))
+    if not (left := missing(name, args)):
+        print(f"{name}: all that is asked for is measured already")
+    todo = sorted(left, key=lambda cell: list(map(str, together(cell))))
     for (_, model, _), cells in groupby(todo, together):
         try:
             measure(cells, spec_of(model, args), args.result)
-        except Unavailable as error:
+        except (Unavailable, PGSVDError, OSError) as error:  # OSError: of the Hub, where that is out of reach
             print(f"{name}: {model} is not measured: {error}", file=sys.stderr)
 
 
@@ -124,13 +143,12 @@ def main(given: list[str] | None = None) -> None:
         if args.list:
             print(overview(args.result))
             return
-        for name in args.names:
-            read_grid(name)  # a name that is not there stops before the work
-        for name in args.names:
-            if not args.tables:
-                run(name, args)
+        check_choice(args)  # what is not there stops before the work
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    for name in args.names:
+        if not args.tables:
+            run(name, args)
     if args.result == RESULTS:
         from documents import write_documents
 

@@ -24,6 +24,20 @@ from .report import REPORT_NAME, CompressionReport
 ELASTIC_NAME = "pgsvd_elastic.safetensors"
 
 
+def make_folder(path: str | os.PathLike) -> None:
+    """Make a folder to write into, where there is none.
+
+    Raises:
+        CheckpointError: it cannot be made, or nothing can be written into it.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"the folder {path} cannot be made: {error.strerror}; name another") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise CheckpointError(f"nothing can be written into the folder {path}; name another, or change its rights")
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
     """A folder that appears under its name only when everything in it has been written.
@@ -36,14 +50,14 @@ def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str
         A folder beside it to write into.
 
     Raises:
-        CheckpointError: the folder is not empty and may not be overwritten, or is a file.
+        CheckpointError: the folder is not empty and may not be overwritten, is a file, or cannot be made.
     """
     path = os.path.abspath(path)
     if os.path.exists(path) and not os.path.isdir(path):
         raise CheckpointError(f"the output {path} is a file; name a folder")
     if os.path.isdir(path) and os.listdir(path) and not overwrite:
         raise CheckpointError(f"the output folder {path} is not empty; choose another, or overwrite it")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    make_folder(os.path.dirname(path))
     with tempfile.TemporaryDirectory(prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path)) as beside:
         fresh, old = os.path.join(beside, "new"), os.path.join(beside, "old")
         os.mkdir(fresh)

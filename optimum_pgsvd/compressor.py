@@ -15,21 +15,21 @@ from .calibration import Weights
 from .checkpoint import new_folder
 from .config import PGSVDConfig
 from .elastic import Elastic
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
 from .factoring import (
     Calibration,
     Clock,
     InPlace,
     Job,
     calibration_of,
+    check_search,
     curvature_of,
     factor,
     found_targets,
     gradient_energies_of,
-    plan_towers,
     planning_profiles,
     report_on,
-    towers_to_share,
+    searched_plan,
     undone_on_error,
 )
 from .measurements import Measurements, measurements_of
@@ -120,7 +120,7 @@ class PGSVDCompressor(OptimumQuantizer):
         before = ModelSize.of(model)
         check_request(model, targets, self.config)
         if self.config.searched:
-            towers_to_share(model, targets, self.config)
+            check_search(model, targets, self.config)
         with clock("data"):
             calibration = calibration_of(model, targets, self.config, tokenizer)
         curvature: dict[str, Tensor] = {}
@@ -134,7 +134,7 @@ class PGSVDCompressor(OptimumQuantizer):
         with clock("plan"):
             profiles = planning_profiles(model, targets, self.config, calibration, curvature=curvature)
         if self.config.searched:
-            plan, search = plan_towers(model, targets, self.config, calibration, clock)
+            plan, search = searched_plan(model, targets, self.config, calibration, clock)
         else:
             plan, search = plan_ranks(targets, self.config, profiles), {}
         elastic = Elastic(profiles) if self.config.elastic else None
@@ -298,8 +298,17 @@ def model_class(name: str | os.PathLike, **options: Any) -> Any:
     Args:
         name: a folder, or a name on the Hub.
         options: such as `revision`, for reading the config.
+
+    Raises:
+        CheckpointError: there is no config, or it names no architecture that transformers knows.
     """
-    named = transformers.AutoConfig.from_pretrained(name, **options).architectures or [""]
+    try:
+        named = transformers.AutoConfig.from_pretrained(name, **options).architectures or [""]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no model can be read from {str(name)!r}: {str(error).strip()}\nGive a folder with the config.json of a "
+            "model, or a name on the Hub"
+        ) from error
     return getattr(transformers, named[0], transformers.AutoModel)
 
 

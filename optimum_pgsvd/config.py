@@ -36,8 +36,10 @@ class PGSVDConfig(LowRankConfig):
         allocation: how ranks are chosen: `"pareto"` (PGSVD: one ε for all layers of a group), `"pareto_outputs"` (the
             same, ε being the error of each layer's outputs on the calibration set), `"loss"` (by how much the model's
             predictions depend on each layer, measured with gradients), `"towers"` (one ε for each tower of the model,
-            found by a search on what it predicts), `"uniform"` (the same fraction of every layer) or `"svd_llm_v2"`
-            (of layers of one type, less of those whose outputs lose more).
+            found by a search on what it predicts) or `"uniform"` (the same fraction of every layer); or as in other
+            papers, to compare with: `"svd_llm_v2"` (of layers of one type, less of those whose outputs lose more) or
+            `"asvd"` (each the smallest rank at which the model's loss, with that layer alone compressed, is within one
+            threshold for all).
         solver: how factors are found: `"eigh"` (closed-form optimum), `"als"` (the paper's Algorithm 1, which
             approaches it) or `"svd"` (truncated SVD, needs no dataset); or as in other papers, to compare with:
             `"svd_llm"` (the same optimum by an inverse, where there is one), `"asvd"` or `"fwsvd"` (truncated SVD with
@@ -187,8 +189,8 @@ class PGSVDConfig(LowRankConfig):
 
     @property
     def searched(self) -> bool:
-        """Whether the model is to be run to find how its towers share the budget."""
-        return self.ranks is None and self.allocation == "towers"
+        """Whether the model is to be run at one plan after the other to find the one that is asked for."""
+        return self.ranks is None and ALLOCATIONS.trait(self.allocation, "searches") is not None
 
     @property
     def needs_curvature(self) -> bool:
@@ -341,7 +343,8 @@ class PGSVDConfig(LowRankConfig):
     def _validate_profile(self) -> None:
         """What is measured on a calibration set needs one."""
         if (self.searched or self.profile in ("outputs", "loss")) and not self.needs_dataset:
-            measured = {"loss": "gradients", "outputs": "outputs"}.get(self.profile or "", "predictions")
+            kinds = {"loss": "gradients", "outputs": "outputs", "losses": "losses"}
+            measured = kinds.get(self.profile or "", "predictions")
             raise ConfigError(
                 f"allocation={self.allocation!r} measures {measured} on a calibration set, and solver={self.solver!r} "
                 "uses none; use solver='eigh'"
@@ -355,7 +358,7 @@ class PGSVDConfig(LowRankConfig):
                 f"elastic=True needs factors that can be cut, with components in order of importance: use {nested}, "
                 f"not {self.solver!r}"
             )
-        if self.elastic and (self.objective == "loss" or self.profile in ("outputs", "loss")):
+        if self.elastic and (self.objective == "loss" or self.profile in ("outputs", "loss", "losses")):
             raise ConfigError(
                 "elastic=True needs objective='outputs' and an allocation that measures no more than weights: a "
                 "checkpoint is cut by the singular values of its weights"
@@ -388,7 +391,7 @@ class PGSVDConfig(LowRankConfig):
             at_least_one(f"ranks[{glob!r}]", rank)
         for glob, budget in self.groups.items():
             group_budget(glob, budget)
-        if self.searched and self.tolerance is not None:
+        if self.allocation == "towers" and self.tolerance is not None:
             raise ConfigError(
                 f"allocation='towers' finds the tolerances that meet a parameter_reduction, and "
                 f"tolerance={self.tolerance} fixes them: give a parameter_reduction, or a tolerance for each tower in "

@@ -28,6 +28,7 @@ def plan_ranks(
     config: PGSVDConfig,
     profiles: Mapping[str, SVDProfile],
     scales: Mapping[str, float] | None = None,
+    losses: Mapping[str, Mapping[int, float]] | None = None,
 ) -> RankPlan:
     """Choose the rank of every target layer.
 
@@ -36,6 +37,7 @@ def plan_ranks(
         config: budget, groups, allocation and rank multiple.
         profiles: of the targets, of what `config.profile` says.
         scales: of the tolerances of the layers under the main budget, where a search is to find them.
+        losses: of the model with each target compressed alone, by rank, where they are the profiles.
 
     Returns:
         The plan over all targets, in model order.
@@ -45,23 +47,27 @@ def plan_ranks(
     """
     if config.ranks is not None:
         return given_ranks(targets.shapes, config.ranks)
-    if scales is None:
+    if scales is None and losses is None:
         refuse_without_search(config)
     groups = budget_groups(targets, config)
     plans = (
-        allocate_group(glob, shapes, profiles, budget, config, None if glob else scales)
+        allocate_group(glob, shapes, profiles if losses is None else losses, budget, config, None if glob else scales)
         for glob, (shapes, budget) in groups.items()
     )
     return RankPlan.merge(plans, order=targets.names)
 
 
 def refuse_without_search(config: PGSVDConfig) -> None:
-    """Raise `ConfigError` for a request whose tolerances are to be found by running the model."""
+    """Raise `ConfigError` for a request of which something is to be found by running the model."""
     if config.searched:
+        found = ALLOCATIONS.trait(config.allocation, "searches")
+        reported, known = "ranks", ""
+        if config.allocation == "towers":
+            reported, known = "tolerances", ", with a tolerance for each tower in groups if you know them"
         raise ConfigError(
-            f"allocation={config.allocation!r} finds a tolerance for each tower by running the model on a calibration "
-            "set, so there is no plan without it; compress the model in memory, whose report has the tolerances, or "
-            "plan with allocation='pareto', with a tolerance for each tower in groups if you know them"
+            f"allocation={config.allocation!r} finds {found} by running the model on a calibration set, so there is "
+            f"no plan without it; compress the model in memory, whose report has the {reported}, or plan with "
+            f"allocation='pareto'{known}"
         )
 
 
@@ -109,16 +115,17 @@ def budget_groups(targets: Targets, config: PGSVDConfig) -> dict[str, tuple[dict
         shapes.setdefault(first_match(name, config.groups) or "", {})[name] = shape
     budgets = {"": Budget(config.parameter_reduction, config.tolerance), **config.group_budgets}
     for glob, group in shapes.items():
-        reduction = budgets[glob].parameter_reduction
-        if reduction is not None:
-            smallest({name: Ladder.of(shape, config.rank_multiple) for name, shape in group.items()}, reduction)
+        if (reduction := budgets[glob].parameter_reduction) is not None:
+            shares = ALLOCATIONS.trait(config.allocation, "shares")
+            ladders = {name: Ladder.of(shape, config.rank_multiple, shares) for name, shape in group.items()}
+            smallest(ladders, reduction)
     return {glob: (group, budgets[glob]) for glob, group in shapes.items()}
 
 
 def allocate_group(
     glob: str,
     shapes: Mapping[str, LinearShape],
-    profiles: Mapping[str, SVDProfile],
+    profiles: Mapping[str, Any],
     budget: Budget,
     config: PGSVDConfig,
     scales: Mapping[str, float] | None = None,

@@ -96,7 +96,8 @@ class CompressionReport:
         base_model: name on the Hub of the model that was compressed, if it came from there.
         resources: what it took: `peak_memory_bytes` of the process, `tokens_per_second` of the calibration set.
         request: fingerprints of the checkpoint and the calibration set, where a checkpoint on disk was compressed.
-        search: with `allocation="towers"`, each tower's tolerance, and what was tried to find them (`plan_towers`).
+        search: what was found by running the model, and what was tried to find it: with `allocation="towers"` each
+            tower's tolerance (`plan_towers`), with `"asvd"` the threshold for losses (`plan_alone`).
     """
 
     layers: tuple[LayerReport, ...]
@@ -237,12 +238,30 @@ class CompressionReport:
             console.print(self.table())
         skipped = "".join(f"\nskipped {name}: {reason}" for name, reason in self.skipped.items())
         notes = "".join(f"\nnote: {note}" for note in self.notes)
-        return capture.get() + self.summary() + self.towers() + skipped + notes
+        return capture.get() + self.summary() + self.searched() + skipped + notes
 
-    def towers(self) -> str:
-        """What a search found, a line for each tower, and what it is better than; nothing where there was none."""
+    def searched(self) -> str:
+        """What a search found; nothing where there was none."""
         if not self.search:
             return ""
+        return self.towers() if "towers" in self.search else self.thresholds()
+
+    def thresholds(self) -> str:
+        """The largest loss that a layer of the plan gives when it alone is compressed, under each budget."""
+        found = ", ".join(
+            f"{threshold:.4f}{f' in {glob}' if glob else ''}"
+            for glob, threshold in self.search["thresholds"].items()
+            if threshold is not None
+        )
+        allowed = f"loss at most {found} with one layer compressed alone" if found else "no layer compressed"
+        return (
+            f"\nsearch: {allowed}, "
+            f"{self.search['loss']:.4f} dense; {self.search['evaluations']} tried on "
+            f"{self.search['sequences']} sequences"
+        )
+
+    def towers(self) -> str:
+        """A line for each tower of a search, and what it is better than."""
         lines = [
             f"\ntower {name}: tolerance {found['tolerance']:.4f}, {found['parameter_reduction']:.2%} removed"
             for name, found in self.search["towers"].items()

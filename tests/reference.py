@@ -209,6 +209,28 @@ def one_tolerance_for_all(options: Mapping[str, list[Option]], limit: int) -> Ch
     return max((plan for plan in plans if kept(plan) <= limit), key=kept, default=None)
 
 
+def ranks_at_shares(m: int, n: int, rank_multiple: int, storage: str = "factors") -> list[int]:
+    """The largest saving rank that keeps at most 1, 2, … 9 tenths of a layer, the smallest where none does."""
+    ranks = saving_ranks(m, n, rank_multiple, storage)
+    found = set()
+    for tenths in range(1, 10) if ranks else ():
+        within = [rank for rank in ranks if 10 * stored_parameters(m, n, rank, storage) <= tenths * m * n]
+        found.add(max(within or ranks[:1]))
+    return sorted(found)
+
+
+def at_loss(options: Mapping[str, list[Option]], threshold: float) -> Choice:
+    """The first option of each layer at which the loss, its `error`, is within a threshold; dense where none is."""
+    return {name: next(o for o in layer if o.rank is None or o.error <= threshold) for name, layer in options.items()}
+
+
+def one_loss_for_all(options: Mapping[str, list[Option]], limit: int) -> Choice | None:
+    """The plan of the least threshold for losses that is within a budget; every threshold that matters is tried."""
+    losses = {option.error for layer in options.values() for option in layer if option.rank is not None}
+    plans = [at_loss(options, threshold) for threshold in sorted({-math.inf, *losses})]
+    return next((plan for plan in plans if kept(plan) <= limit), None)
+
+
 def in_units_of(options: Mapping[str, list[Option]], scales: Mapping[str, float]) -> dict[str, list[Option]]:
     """Options whose errors are in units of the scale of their layer."""
     return {

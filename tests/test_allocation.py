@@ -1,6 +1,7 @@
 """Laws of the allocations, against enumeration on a few tiny layers."""
 
 import math
+import random
 
 import pytest
 import reference
@@ -10,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from optimum_pgsvd.allocation import ALLOCATIONS, least_surrogate
+from optimum_pgsvd.allocation.asvd import SHARES
 from optimum_pgsvd.allocation.ladder import Ladder, climb, parameter_budget
 from optimum_pgsvd.allocation.loss import charges, hull_slopes
 from optimum_pgsvd.allocation.svd_llm_v2 import kind_of
@@ -62,7 +64,10 @@ def options_of(profiles: dict[str, SVDProfile], rank_multiple: int) -> dict[str,
 
 def allocate(allocation: str, profiles: dict[str, SVDProfile], budget: Budget, rank_multiple: int = 1) -> RankPlan:
     shapes = {name: profile.shape for name, profile in profiles.items()}
-    return ALLOCATIONS[allocation](shapes, profiles, budget, rank_multiple)
+    known = profiles
+    if ALLOCATIONS.trait(allocation, "profile") == "losses":  # as if the loss were the error of the layer
+        known = {name: dict(enumerate(profile.errors.tolist())) for name, profile in profiles.items()}
+    return ALLOCATIONS[allocation](shapes, known, budget, rank_multiple)
 
 
 def try_reduction(
@@ -588,20 +593,132 @@ def test_svd_llm_v2_takes_no_tolerance():
         allocate("svd_llm_v2", by_type(0), Budget(tolerance=0.1))
 
 
+# ASVD
+
+# Large enough that the shares of a layer are ranks of their own.
+wide = st.tuples(st.integers(1, 60), st.integers(1, 60))
+layers_of_asvd = st.lists(wide, min_size=1, max_size=5).map(
+    lambda found: {f"layer{i}": shape for i, shape in enumerate(found)}
+)
+
+
+def tried(
+    shapes: dict[str, tuple[int, int]], seed: int, rank_multiple: int, values: int | None = None
+) -> dict[str, list[reference.Option]]:
+    """Losses that need not fall with the rank, of either sign; with few `values`, many of them the same."""
+    source, storage = random.Random(seed), storage_of(seed)
+    options = {}
+    for name, (m, n) in shapes.items():
+        ranks = reference.ranks_at_shares(m, n, rank_multiple, storage)
+        found = [source.uniform(-1, 3) if values is None else float(source.randrange(values)) for _ in ranks]
+        factored = [
+            reference.Option(rank, reference.stored_parameters(m, n, rank, storage), loss)
+            for rank, loss in zip(ranks, found, strict=True)
+        ]
+        options[name] = [*factored, reference.Option(None, m * n, -math.inf)]
+    return options
+
+
+def by_losses(
+    shapes: dict[str, tuple[int, int]],
+    options: dict[str, list[reference.Option]],
+    reduction: str,
+    rank_multiple: int,
+    storage: str,
+) -> reference.Choice | None:
+    """The plan in the words of the oracle, `None` where the budget cannot be met."""
+    losses = {name: {o.rank: o.error for o in layer if o.rank is not None} for name, layer in options.items()}
+    linear = {name: LinearShape(*shape, storage) for name, shape in shapes.items()}
+    try:
+        return choice(ALLOCATIONS["asvd"](linear, losses, Budget(float(reduction)), rank_multiple), options)
+    except ConfigError:
+        return None
+
+
+@many
+@given(wide, multiples, st.sampled_from(["factors", "pivoted"]))
+def test_a_ladder_of_shares_holds_the_largest_rank_of_each(shape, rank_multiple, storage):
+    ladder = Ladder.of(LinearShape(*shape, storage), rank_multiple, SHARES)
+    assert list(ladder.ranks) == [*reference.ranks_at_shares(*shape, rank_multiple, storage), None]
+
+
+@many
+@given(layers_of_asvd, seeds, reductions, multiples)
+def test_asvd_is_the_least_threshold_that_meets_the_budget(shapes, seed, reduction, rank_multiple):
+    options = tried(shapes, seed, rank_multiple)
+    expected = reference.one_loss_for_all(options, reference.budget(shapes, reduction))
+    assert by_losses(shapes, options, reduction, rank_multiple, storage_of(seed)) == expected
+
+
+@many
+@given(layers_of_asvd, seeds, st.lists(reductions, min_size=2, max_size=2), multiples, st.sampled_from([None, 3]))
+def test_asvd_is_monotone_in_the_budget_and_within_one_step_of_it(shapes, seed, two, rank_multiple, values):
+    """Among equal losses too, which a budget may take some only of, first layers first."""
+    options = tried(shapes, seed, rank_multiple, values)
+    light, heavy = (by_losses(shapes, options, r, rank_multiple, storage_of(seed)) for r in sorted(two))
+    assume(light is not None)
+    for name, option in (heavy or light).items():
+        assert light[name].parameters >= option.parameters
+    limit = reference.budget(shapes, sorted(two)[0])
+    assert reference.kept(light) <= limit
+    threshold = max(option.error for option in light.values())
+    if threshold > -math.inf:
+        name = next(name for name, option in light.items() if option.error == threshold)
+        above = next(option for option in options[name] if option.error < threshold and option is not light[name])
+        assert reference.kept(light | {name: above}) > limit
+        for other, option in light.items():
+            assert all(o.error >= threshold for o in options[other] if o.parameters < option.parameters)
+
+
+@many
+@given(layers_of_asvd, seeds, reductions)
+def test_asvd_takes_a_layer_that_costs_nothing_first(shapes, seed, reduction):
+    options = tried(shapes, seed, 1)
+    first = next(iter(options))
+    assume(len(options[first]) > 1)
+    options[first][0] = options[first][0]._replace(error=-2.0)
+    plan = by_losses(shapes, options, reduction, 1, storage_of(seed))
+    assume(plan is not None)
+    if any(option.rank is not None for name, option in plan.items() if name != first):
+        assert plan[first] == options[first][0]
+
+
+def test_asvd_passes_over_ranks_that_are_no_better_than_smaller_ones():
+    """Two 20 × 20 layers, ranks 1 to 9 and dense; of `a` only the ranks 1, 3 and 7 are worth their parameters."""
+    shapes = {name: LinearShape(20, 20) for name in "ab"}
+    a = {1: 5.0, 2: 6.0, 3: 4.0, 4: 4.0, 5: 4.5, 6: 9.0, 7: 1.0, 8: 1.0, 9: 2.0}
+    losses = {"a": a, "b": {rank: 0.1 * rank for rank in range(9, 0, -1)}}
+    found = {ALLOCATIONS["asvd"](shapes, losses, Budget(tenths / 20), 1).ranks.get("a") for tenths in range(19)}
+    assert found == {1, 3, 7, None}
+
+
+def test_asvd_takes_no_tolerance():
+    with pytest.raises(ConfigError, match="allocation='asvd' takes parameter_reduction, not tolerance; use allo"):
+        allocate("asvd", by_type(0), Budget(tolerance=0.1))
+
+
+def test_asvd_cannot_go_below_a_tenth_of_a_layer():
+    shapes = {"q": LinearShape(40, 40)}
+    message = "parameter_reduction=0.95 cannot be met: .* keep 160 of 1600 parameters, a reduction of 0.9000; lower it"
+    with pytest.raises(ConfigError, match=message):
+        ALLOCATIONS["asvd"](shapes, {"q": dict.fromkeys(range(1, 20), 1.0)}, Budget(0.95), 1)
+
+
 # Names
 
 
 def test_an_unknown_allocation_lists_the_known_ones():
     with pytest.raises(ConfigError, match="allocation='greedy' is not known; known are .*pareto.*uniform"):
         ALLOCATIONS["greedy"]
-    traits = ("profile", "takes_tolerance")
+    traits = ("profile", "takes_tolerance", "searches", "shares")
     assert {name: tuple(ALLOCATIONS.trait(name, trait) for trait in traits) for name in ALLOCATIONS.names()} == {
-        "loss": ("loss", False),
-        "pareto": ("weights", True),
-        "pareto_outputs": ("outputs", True),
-        "svd_llm_v2": ("outputs", False),
-        "towers": ("weights", True),
-        "uniform": (None, False),
+        "asvd": ("losses", False, "ranks", tuple(tenths / 10 for tenths in range(1, 10))),
+        "loss": ("loss", False, None, None),
+        "pareto": ("weights", True, None, None),
+        "pareto_outputs": ("outputs", True, None, None),
+        "svd_llm_v2": ("outputs", False, None, None),
+        "towers": ("weights", True, "a tolerance for each tower", None),
+        "uniform": (None, False, None, None),
     }
 
 

@@ -601,10 +601,25 @@ def test_texts_without_tokens(tokenizer) -> None:
 
 def test_files_that_are_not_there(tmp_path) -> None:
     for name in ("texts.txt", "texts.jsonl", "texts.parquet", "folder"):
-        with pytest.raises(CalibrationError, match=f"the calibration file {tmp_path / name} does not exist"):
+        with pytest.raises(CalibrationError, match=f"the dataset file {tmp_path / name} does not exist"):
             load(tmp_path / name)
-    with pytest.raises(CalibrationError, match=r"the calibration file nowhere/texts\.txt does not exist"):
+    with pytest.raises(CalibrationError, match=r"the dataset file nowhere/texts\.txt does not exist"):
         load("nowhere/texts.txt")
+
+
+@pytest.mark.parametrize("name", ["texts.txt", "texts.jsonl", "texts.parquet"])
+def test_empty_files(name: str, tmp_path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(CalibrationError, match=f"the dataset file {tmp_path / name} is empty"):
+        load(tmp_path / name)
+
+
+def test_blank_texts_are_passed_over_where_texts_are_joined(tokenizer) -> None:
+    """Of a blank text the special tokens alone would be left."""
+    with pytest.raises(CalibrationError, match="the calibration texts hold no tokens"):
+        load(["", " "], "llama", tokenizer)
+    alone, amid = (load(texts, "llama", tokenizer) for texts in (["w1 w2"], ["", "w1 w2", " "]))
+    assert torch.equal(alone[0]["input_ids"], amid[0]["input_ids"])
 
 
 def test_files_of_an_unknown_type(tmp_path) -> None:

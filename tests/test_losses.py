@@ -73,6 +73,19 @@ def test_images_and_texts_are_contrasted() -> None:
     assert mean_loss(model, [batch]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_loss_in_half_precision_is_refused() -> None:
+    """CLIP's is in the dtype of the model, and its changes would be steps of that; a language model's is not."""
+    clip, batch = FAMILIES["clip"].build().bfloat16(), FAMILIES["clip"].batches(1)[0]
+    batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    message = r"^CLIPModel computes its loss in torch.bfloat16, in steps of 0.008 of it, .* \(--dtype float32\)"
+    with pytest.raises(CalibrationError, match=message):
+        mean_loss(clip, [batch])
+    with pytest.raises(CalibrationError, match=message):
+        measure_gradients(clip, targets_of(clip), [batch])
+    llama, batch = FAMILIES["llama"].build().bfloat16(), FAMILIES["llama"].batches(1)[0]
+    assert mean_loss(llama, [batch]) == float(loss_of(llama, batch).detach())
+
+
 @pytest.mark.parametrize("name", ["bert", "albert"])
 def test_a_model_without_a_loss_on_its_inputs_is_told(name: str) -> None:
     model, batch = FAMILIES[name].build(), FAMILIES[name].batches(1)[0]

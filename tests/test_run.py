@@ -147,7 +147,7 @@ def test_what_is_measured_is_not_measured_again_until_something_else_is_asked_fo
     written = capsys.readouterr().out
     assert written.count(".json") == 5
     assert run(toy) == first
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "toy: all that is asked for is measured already\n"
     write(toy, "kind: language_model\nmodels: [tiny]\nmethods: [dense, eigh]\nreductions: [0.2]\n"
                "config: {num_samples: 4}\n")  # fmt: skip
     second = run(toy)
@@ -182,6 +182,62 @@ def test_what_is_not_here_is_said_and_passed_over(toy, capsys):
     assert "absent is not measured: $PGSVD_NO_SUCH/model: PGSVD_NO_SUCH is not set" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (["--models", "huge"], "--models huge: the cells have tiny"),
+        (["--methods", "eigh", "magic"], "--methods magic: the cells have dense, eigh, pgsvd"),
+        (["--reductions", "0.25"], "--reductions 0.25: the cells have 0.0, 0.2, 0.4"),
+        (["--seeds", "3"], "--seeds 3: the cells have 0"),
+    ],
+)
+def test_a_choice_that_nothing_fits_is_refused(toy, choice, message):
+    with pytest.raises(SystemExit, match=message):
+        run(toy, *choice)
+
+
+def test_another_text_is_another_question(toy, texts, capsys):
+    """What is given in the place of the cells' own is a part of the result, and measured again where it changes."""
+    (toy / "other.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[20:60]))
+    (file,) = [toy / "results" / "toy" / "language_model--tiny--eigh--0.2--0.json"]
+    chosen = ["--methods", "eigh", "--reductions", "0.2"]
+    own = run(toy, *chosen)["eigh", 0.2]
+    assert run(toy, *chosen, "--evaluation", str(toy / "other.jsonl")) == {}
+    other = json.loads(file.read_text())
+    assert other["options"]["evaluation"] == str(toy / "other.jsonl")
+    assert other["perplexity"] != own["perplexity"]
+    capsys.readouterr()
+    run(toy, *chosen, "--evaluation", str(toy / "other.jsonl"))
+    assert capsys.readouterr().out == "toy: all that is asked for is measured already\n"
+
+
+def test_no_window_is_longer_than_the_model_was_made_for(toy):
+    import grid
+    from kinds.language_model import load
+
+    case = load(grid.models()["tiny"] | {"window": 10**4}, {})
+    assert case.windows.shape[1] == case.data["sequence_length"] == case.model.config.max_position_embeddings
+
+
+def test_what_a_model_does_not_allow_is_said_and_passed_over(toy, capsys):
+    write(toy, "kind: language_model\nmodels: [tiny]\nmethods: [dense, eigh]\nreductions: [0.2, 0.9999]\n")
+    assert set(run(toy)) == {("dense", 0), ("eigh", 0.2)}
+    assert "toy: tiny is not measured: parameter_reduction=0.9999 cannot be met" in capsys.readouterr().err
+
+
+def test_what_is_out_of_reach_is_said_and_passed_over(toy, monkeypatch, capsys):
+    def unreachable(path, *args, **kwargs):
+        raise ConnectionError(f"Couldn't reach {path!r} on the Hub")
+
+    import grid
+
+    spec = grid.models()["tiny"] | {"evaluation": {"dataset": "a/b", "split": "test"}}
+    monkeypatch.setattr(grid, "models", lambda: {"tiny": spec})
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    assert run(toy) == {}
+    assert "toy: tiny is not measured: Couldn't reach 'a/b' on the Hub" in capsys.readouterr().err
+
+
 def test_the_list_says_how_much_is_measured(toy, capsys):
     from run import main
 
@@ -190,12 +246,13 @@ def test_the_list_says_how_much_is_measured(toy, capsys):
     assert "3 of    5 measured   tiny" in capsys.readouterr().out
 
 
-def test_a_model_of_ones_own_needs_a_folder_of_its_own(dense, capsys):
+@pytest.mark.parametrize("field", ["model", "calibration", "evaluation", "tasks"])
+def test_what_is_ones_own_needs_a_folder_of_its_own(field, capsys):
     from run import main
 
     with pytest.raises(SystemExit):
-        main(["perplexity", "--model", str(dense)])
-    assert "--model needs --result" in capsys.readouterr().err
+        main(["perplexity", f"--{field}", "mine"])
+    assert f"--{field} needs --result" in capsys.readouterr().err
 
 
 def local_tasks(folder, words):

@@ -132,12 +132,49 @@ def test_without_matplotlib_plots_are_refused_and_json_is_not(dense, tmp_path, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep", "--reductions", "1.5"], "outside [0, 1)"),
-        (["sweep", "--allocations", "greedy"], "allocation='greedy' is not known"),
+        (["sweep", "--reductions", "1.5", "--dataset", "self"], "outside [0, 1)"),
+        (["bound", "--reductions", "-1", "--dataset", "self"], "outside [0, 1)"),
+        (["sweep", "--allocations", "greedy", "--dataset", "self"], "allocation='greedy' is not known"),
+        (["sweep", "--dataset", "self", "--evaluate", "absent.jsonl"], "the dataset file absent.jsonl does not exist"),
+        (["profile", "--dataset", "absent.jsonl"], "the dataset file absent.jsonl does not exist"),
+        (["sweep"], "solver='eigh' needs calibration data"),
+        (["bound"], "solver='eigh' needs calibration data"),
+        (["convergence", "--ranks", "absent.json"], "--ranks absent.json cannot be read"),
+        (["convergence", "--ranks", __file__], f"--ranks {__file__} cannot be read"),
+        (["profile", "--dtype", "float7"], "argument --dtype: invalid choice: 'float7'"),
+        (["profile", "--solver", "svd"], "unrecognized arguments: --solver svd"),
+        (["convergence", "--parameter-reduction", "0.2", "--num-iterations", "3"], "unrecognized arguments"),
+    ],
+)
+def test_errors_are_told_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, arguments, message) -> None:
+    """The model is not even there; and options that would have no effect are none."""
+    verb, *rest = arguments
+    run(monkeypatch, verb, "-m", tmp_path / "absent", "-o", tmp_path / "out", "--no-plots", *rest, expect=2)
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_no_model_is_named(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    run(monkeypatch, "profile", "-m", tmp_path, "-o", tmp_path / "out", "--no-plots", expect=2)
+    assert f"no model can be read from '{tmp_path}'" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_any_work(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").touch()
+    for verb, where in (("profile", ["-o"]), ("plan", ["--parameter-reduction", 0.2, "--json"])):
+        run(monkeypatch, verb, "-m", tmp_path / "absent", *where, tmp_path / "file" / "a" / "b", expect=2)
+        assert "cannot be made" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    run(monkeypatch, "profile", "-m", tmp_path / "absent", "-o", tmp_path, expect=2)
+    assert f"nothing can be written into the folder {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["sweep", "--calibration", "anchored"], "needs calibration='parallel'"),
         (["bound", "--solver", "als"], "solver='als' is not nested"),
         (["convergence"], "exactly one of"),
-        (["profile", "--dataset", "absent.jsonl"], "absent.jsonl does not exist"),
     ],
 )
 def test_errors_are_one_line(dense, corpus, tmp_path, monkeypatch, capsys, arguments, message) -> None:

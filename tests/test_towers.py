@@ -471,7 +471,7 @@ def test_what_cannot_run_the_model_is_refused(tmp_path, monkeypatch) -> None:
     measured = PGSVDConfig(0.3, dataset=tmp_path / "stats", allocation="towers")
     with pytest.raises(ConfigError, match="runs the model on the calibration set, .* nor by measurements made before"):
         PGSVDCompressor(measured).compress(model)
-    monkeypatch.setattr("optimum_pgsvd.factoring.towers.Peers", lambda: type("Two", (), {"size": 2}))
+    monkeypatch.setattr("optimum_pgsvd.factoring.search.Peers", lambda: type("Two", (), {"size": 2}))
     with pytest.raises(DistributedError, match="searches in one process only"):
         PGSVDCompressor(config).compress(model)
 

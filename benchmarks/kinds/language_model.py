@@ -72,12 +72,13 @@ def load(spec: Mapping[str, Any], options: Mapping[str, Any]) -> LanguageModel:
     tokenizer = AutoTokenizer.from_pretrained(path)
     dtype = getattr(torch, options.get("dtype", "float32"))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map="auto" if on_gpu() else None).eval()
+    window = min(spec["window"], getattr(model.config.get_text_config(), "max_position_embeddings", spec["window"]))
     windows = None
     if "perplexity" in measures(options):
         texts = read_texts(spec["evaluation"])
-        windows = torch.stack(pack(texts, tokenizer, spec.get("evaluation_windows", 10**9), spec["window"]))
-    batch_size = max(1, BATCH // spec["window"] // 2)
-    data = {"dataset": calibration, "sequence_length": spec["window"], "batch_size": batch_size}
+        windows = torch.stack(pack(texts, tokenizer, spec.get("evaluation_windows", 10**9), window))
+    batch_size = max(1, BATCH // window // 2)
+    data = {"dataset": calibration, "sequence_length": window, "batch_size": batch_size}
     return LanguageModel(model, tokenizer, {**data, "num_samples": spec["num_samples"]}, windows)
 
 

@@ -7,9 +7,13 @@ An allocator takes the shapes of a group's layers, their profiles, the budget an
 * `"weights"`: of the weights, the paper's Definition 1. They need no data.
 * `"outputs"`: of the outputs on the calibration set, singular values of `W G^½`. Comparable between layers.
 * `"loss"`: of what the loss depends on, singular values of `Rᵀ W G^½` with `B = R Rᵀ`. Comparable between layers.
+* `"losses"`: not singular values, but the model's loss with the layer compressed alone, by rank.
+
+`searches` says what is found by running the model at one plan after the other, `None` where nothing is; `shares` which
+shares of a layer's parameters may be kept, `None` where any rank will do.
 """
 
-from . import loss, pareto, svd_llm_v2, towers, uniform  # noqa: F401  (registers them)
+from . import asvd, loss, pareto, svd_llm_v2, towers, uniform  # noqa: F401  (registers them)
 from .ladder import Ladder, smallest
 from .loss import hull_slopes
 from .registry import ALLOCATIONS, Allocator

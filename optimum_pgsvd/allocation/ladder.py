@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError
@@ -23,9 +23,18 @@ class Ladder:
     ranks: tuple[int | None, ...]
 
     @classmethod
-    def of(cls, shape: LinearShape, rank_multiple: int) -> Ladder:
-        """Every rank that saves parameters, then dense."""
-        return cls(shape, (*range(rank_multiple, shape.largest_saving_rank + 1, rank_multiple), None))
+    def of(cls, shape: LinearShape, rank_multiple: int, shares: Sequence[float] | None = None) -> Ladder:
+        """Every rank that saves parameters, then dense.
+
+        With `shares` of the layer's parameters, ascending, only the largest rank within each of them; the smallest of
+        all where none is.
+        """
+        ranks = range(rank_multiple, shape.largest_saving_rank + 1, rank_multiple)
+        if shares is None or not ranks:
+            return cls(shape, (*ranks, None))
+        limits = [share * shape.dense_parameters * (1 + 1e-12) for share in shares]
+        within = (max((r for r in ranks if shape.parameters(r) <= limit), default=ranks[0]) for limit in limits)
+        return cls(shape, (*dict.fromkeys(within), None))
 
 
 def given_reduction(budget: Budget, allocation: str) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..calibration import Batch
 from ..config import PGSVDConfig
 from ..errors import ConfigError
 from ..factoring import (
@@ -26,7 +27,6 @@ from ..linalg import inner_products_by_rank
 from ..planning import check_budgets, dense_weight
 from ..structures import RankPlan
 from .gradients import Gradients, measure_gradients
-from .losses import Batch
 from .results import origin
 from .sensitivities import Allocated, Sensitivities, allocated, sensitivities_of
 from .theorem import Bound, LayerBound

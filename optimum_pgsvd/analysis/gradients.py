@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..calibration import loss_of, predictions_in
+from ..calibration import Batch, exact_loss, predictions_in
 from ..calibration.forward import evaluating
 from ..errors import CalibrationError, NonFiniteError
-from .losses import Batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +44,7 @@ def measure_gradients(model: nn.Module, layers: Mapping[str, Any], batches: Sequ
         The gradients.
 
     Raises:
-        CalibrationError: the model has no loss on a batch, or the loss does not depend on a layer.
+        CalibrationError: see `exact_loss`; or the loss does not depend on a layer.
         NonFiniteError: a gradient is NaN or infinite.
 
     Source:
@@ -55,7 +54,7 @@ def measure_gradients(model: nn.Module, layers: Mapping[str, Any], batches: Sequ
     total, squares = 0.0, dict.fromkeys(layers, 0.0)
     with only_trained(model, layers), evaluating(model), torch.enable_grad(), watched(layers, squares):
         for number in logging.tqdm(range(len(batches)), desc="Measuring gradients", unit="batch", disable=None):
-            loss = loss_of(model, batches[number], number) * (counts[number] / sum(counts))
+            loss = exact_loss(model, batches[number], number) * (counts[number] / sum(counts))
             loss.backward()
             total += float(loss.detach())
         weights = {name: taken_gradient(name, layer) for name, layer in layers.items()}

@@ -46,7 +46,7 @@ def draw_profiles(profiles: Profiles, path: str) -> None:
             ordered = sorted(distances.values())
             shares = [(place + 1) / len(ordered) for place in range(len(ordered))]
             axes[1, column].step([0.0, *ordered], [0.0, *shares], where="post", label=f"{label} convex envelope")
-        axes[1, column].set(xlabel="distance at most", ylabel="share of layers", ylim=(0, 1.02))
+        axes[1, column].set(xlabel="distance from the envelope, at most", ylabel="share of layers", ylim=(0, 1.02))
         axes[1, column].legend()
     made.savefig(path, dpi=DPI)
 
@@ -82,7 +82,8 @@ def draw_sweep(sweep: Sweep, path: str) -> None:
         axis.set(xlabel="parameters of the targets removed, %", ylabel=label)
         axis.legend()
     if sweep.dense.perplexity is not None:
-        axes[0, -1].axhline(sweep.dense.perplexity, color="k", linestyle=":", linewidth=1)
+        axes[0, -1].axhline(sweep.dense.perplexity, color="k", linestyle=":", linewidth=1, label="dense")
+        axes[0, -1].legend()
         axes[0, -1].set_yscale("log")
         axes[0, -1].yaxis.set_major_formatter("{x:g}")
         axes[0, -1].yaxis.set_minor_formatter("{x:g}")
@@ -107,9 +108,10 @@ def draw_bounds(bounds: Bounds, path: str) -> None:
         ):
             axis.scatter(changes, values, marker=marker, s=18, label=label)
         if changes:
-            axis.axline((max(changes), max(changes)), slope=1, color="k", linestyle=":", linewidth=1)
+            axis.axline((max(changes), max(changes)), slope=1, color="k", linestyle=":", linewidth=1, label="equal")
             axis.set(xscale="log", yscale="log")
         axis.set(xlabel="|change of the loss|, one layer alone", title=f"{bound.parameter_reduction:.0%} removed")
+        axis.set(ylabel="what theory says of it")
         axis.legend()
     alphas = sorted(bounds.sensitivities.alphas.values(), reverse=True)
     axes[0, -1].bar(range(len(alphas)), alphas)
@@ -121,8 +123,9 @@ def draw_convergence(convergence: Convergence, path: str) -> None:
     """The objective's excess over its optimum after every sweep."""
     made, axes = figure(1, 1)
     axis = axes[0, 0]
-    for layer in convergence.layers:
-        axis.plot([value - 1 for value in layer.objectives], color="0.7", linewidth=0.7)
+    for place, layer in enumerate(convergence.layers):
+        label = None if place else "each layer"
+        axis.plot([value - 1 for value in layer.objectives], color="0.7", linewidth=0.7, label=label)
     for label, curve, color in (("median", convergence.medians, "C0"), ("worst", convergence.worst, "C3")):
         axis.plot([value - 1 for value in curve], color=color, linewidth=2, label=label)
     axis.xaxis.get_major_locator().set_params(integer=True)

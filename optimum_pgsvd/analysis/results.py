@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..checkpoint import make_folder
 from ..config import PGSVDConfig, describe
 from ..errors import CheckpointError
 from ..report import ModelSize, environment
@@ -32,13 +33,13 @@ def free_files(folder: str | os.PathLike, names: Sequence[str], overwrite: bool)
     """The paths of files to write in a folder, which is made if there is none; asked for before any work is done.
 
     Raises:
-        CheckpointError: one of them is there already, and is not to be replaced.
+        CheckpointError: one of them is there already, and is not to be replaced; or see `make_folder`.
     """
     paths = [os.path.join(folder, name) for name in names]
     there = [path for path in paths if os.path.exists(path)]
     if there and not overwrite:
         raise CheckpointError(f"{there[0]} exists already; name another folder, or pass --overwrite to replace it")
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     return paths
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..allocation import ALLOCATIONS
-from ..calibration import load_calibration_set
+from ..calibration import Batch, load_calibration_set, mean_loss
 from ..config import PGSVDConfig
 from ..errors import ConfigError
 from ..factoring import (
@@ -30,12 +30,11 @@ from ..factoring import (
     plan_at,
     request_at,
 )
-from ..planning import check_budgets
+from ..planning import check_budgets, refuse_without_search
 from ..report import ModelSize
 from ..solvers import SOLVERS
 from ..structures import Budget, LayerPlan, RankPlan
 from ..targets import Targets
-from .losses import Batch, mean_loss
 from .results import origin
 
 
@@ -172,7 +171,8 @@ def check_budgets_of(
     """Find what is wrong with the budgets of a sweep before any work is done.
 
     Raises:
-        ConfigError: one of them cannot be met, or tolerances are given and no allocation goes by one.
+        ConfigError: one of them cannot be met, an allocation runs the model to find ranks, or tolerances are given and
+            no allocation goes by one.
     """
     if tolerances and not any(ALLOCATIONS.trait(name, "takes_tolerance") for name in allocations):
         raise ConfigError(f"none of the allocations {', '.join(allocations)} takes a tolerance: add 'pareto'")
@@ -180,7 +180,9 @@ def check_budgets_of(
         Budget(tolerance=tolerance)
     for name in allocations:
         for reduction in reductions or [0.0]:
-            check_budgets(targets, request_at(config, allocation=name, parameter_reduction=reduction))
+            request = request_at(config, allocation=name, parameter_reduction=reduction)
+            check_budgets(targets, request)
+            refuse_without_search(request)
 
 
 def measured_once(

@@ -8,9 +8,9 @@ from functools import cached_property
 
 from transformers import PreTrainedModel
 
+from ..calibration import Batch, mean_loss
 from ..factoring import Ordered, cut
 from ..structures import RankPlan
-from .losses import Batch, mean_loss
 
 
 @dataclass(frozen=True, eq=False)

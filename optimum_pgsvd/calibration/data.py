@@ -105,10 +105,11 @@ def load_tokenizer(tokenizer: Any, model: Any) -> Any:
 def pack(texts: Iterable[str], tokenizer: Any, num_samples: int, length: int) -> list[Tensor]:
     """Texts joined, each with its special tokens, and cut into `num_samples` windows `(length,)`.
 
-    Where the texts are too short for one window, it is as long as they are.
+    Blank texts, of which only the special tokens would be left, are passed over. Where the texts are too short for one
+    window, it is as long as they are.
     """
     tokens: list[int] = []
-    for text in texts:
+    for text in filter(str.strip, texts):
         tokens += tokenizer(text, verbose=False)["input_ids"]
         if len(tokens) >= num_samples * length:
             break

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from ..errors import CalibrationError, PGSVDError
 
 
+# What inputs made of images and sounds are called.
+MEDIA = ("pixel_values", "input_features", "input_values")
+
+
 def forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: bool) -> Any:
     """Run a model on a batch.
 
@@ -39,7 +43,15 @@ def forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: bool
         given = ", ".join(f"{key} {tuple(getattr(value, 'shape', ()))}" for key, value in batch.items())
         raise CalibrationError(
             f"{type(model).__name__} does not accept calibration batch {number} with the inputs {given}: {error}"
+            f"{absent_media(model, batch)}"
         ) from error
+
+
+def absent_media(model: nn.Module, batch: Mapping[str, Any]) -> str:
+    """What to do where a model of images or sounds was given a batch without any; nothing for others."""
+    taken = inspect.signature(model.forward).parameters
+    absent = [name for name in MEDIA if name in taken and name not in batch]
+    return f"; it takes {' and '.join(absent)} too: give images or sounds with the texts" if absent else ""
 
 
 def on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -123,16 +123,28 @@ def read_named(name: str, num_samples: int, length: int, seed: int) -> list[Exam
         raise unreadable(name, error, "check the file" if os.path.isfile(name) else remedy) from error
 
 
+def check_named(name: str) -> None:
+    """Find what is wrong with the name of a dataset before a model is loaded.
+
+    Raises:
+        CalibrationError: it is that of a file which is not there, is empty or of no known type.
+    """
+    if not os.path.isdir(name):
+        locate(name)
+
+
 def locate(name: str) -> tuple[str, dict[str, Any]]:
     """What `datasets.load_dataset` calls a local file or a Hub dataset."""
     suffix = os.path.splitext(name)[1]
     if os.path.isfile(name):
         if suffix not in LOADERS:
             raise CalibrationError(f"{name}: known file types are {', '.join(LOADERS)}")
+        if not os.path.getsize(name):
+            raise CalibrationError(f"the dataset file {name} is empty")
         # A text file's examples are its paragraphs.
         return LOADERS[suffix], {"data_files": name} | ({"sample_by": "paragraph"} if suffix == ".txt" else {})
     if suffix in LOADERS or os.path.isabs(name):
-        raise CalibrationError(f"the calibration file {name} does not exist")
+        raise CalibrationError(f"the dataset file {name} does not exist")
     repository, _, configuration = name.partition(":")
     return repository, {"name": configuration or None}
 

@@ -11,11 +11,14 @@ from typing import Any
 from optimum.commands.base import BaseOptimumCLICommand
 
 
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
+
+
 def add_source_arguments(parser: ArgumentParser) -> None:
     """Which model."""
     parser.add_argument("-m", "--model", required=True, help="folder or Hub name of the dense model")
     parser.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
-    parser.add_argument("--dtype", default="auto", help="dtype to load the model in (default: the checkpoint's)")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="to load the model in (default: its own)")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run modelling code of the model's repository"
     )
@@ -54,7 +57,7 @@ def add_allocation_arguments(parser: ArgumentParser) -> Any:
     """How ranks are chosen; the group of arguments, to add more to."""
     how = parser.add_argument_group("allocation", argument_default=SUPPRESS)
     how.add_argument(
-        "--allocation", help="pareto (PGSVD, default), pareto_outputs, towers, loss, uniform or svd_llm_v2"
+        "--allocation", help="pareto (PGSVD, default), pareto_outputs, towers, loss, uniform, svd_llm_v2 or asvd"
     )
     return how
 
@@ -62,19 +65,18 @@ def add_allocation_arguments(parser: ArgumentParser) -> Any:
 def add_layer_arguments(how: Any) -> None:
     """Which layers, and how they are stored."""
     how.add_argument("--storage", help="factors (default) or pivoted: fewer parameters per rank")
-    how.add_argument("--modules-to-not-convert", nargs="*", help="names or globs that stay dense")
     how.add_argument("--rank-multiple", type=int, help="ranks are multiples of this (default 1)")
+    add_skipping_argument(how)
+
+
+def add_skipping_argument(how: Any) -> None:
+    """Which layers are left alone."""
+    how.add_argument("--modules-to-not-convert", nargs="*", help="names or globs that stay dense")
 
 
 def add_calibration_arguments(parser: ArgumentParser) -> None:
     """What the factors are fitted on, and by which solver."""
-    how = parser.add_argument_group("calibration", argument_default=SUPPRESS)
-    how.add_argument(
-        "--dataset",
-        help=".txt, .jsonl or .parquet file, Hub dataset, folder of images with captions or of `pgsvd measure`, or "
-        '"self"',
-    )
-    how.add_argument("--tokenizer", help="folder or Hub name (default: the model's)")
+    how = add_data_arguments(parser)
     how.add_argument("--calibration", help="parallel (the paper, default) or anchored")
     how.add_argument("--blend", type=float, help="of anchored calibration: 1 aims at the dense outputs")
     how.add_argument(
@@ -83,17 +85,29 @@ def add_calibration_arguments(parser: ArgumentParser) -> None:
     how.add_argument(
         "--correct-bias", action="store_true", help="let each layer's bias make up for the mean error of its outputs"
     )
+    how.add_argument(
+        "--solver", help="eigh (closed form, default), als (the paper's), svd (no data), svd_llm, asvd or fwsvd"
+    )
+    how.add_argument("--objective", help="outputs (the paper, default) or loss (weighs errors)")
+    how.add_argument("--num-iterations", type=int, help="ALS sweeps (default 10)")
+
+
+def add_data_arguments(parser: ArgumentParser) -> Any:
+    """The calibration set; the group of arguments, to add more to."""
+    how = parser.add_argument_group("calibration", argument_default=SUPPRESS)
+    how.add_argument(
+        "--dataset",
+        help=".txt, .jsonl or .parquet file, Hub dataset, folder of images with captions or of `pgsvd measure`, or "
+        '"self"',
+    )
+    how.add_argument("--tokenizer", help="folder or Hub name (default: the model's)")
     how.add_argument("--num-samples", type=int, help="calibration sequences (default 256)")
     how.add_argument(
         "--sequence-length", type=int, help="tokens in a sequence (default: the model's maximum, at most 2048)"
     )
     how.add_argument("--batch-size", type=int, help="sequences in a forward pass (default 8)")
     how.add_argument("--seed", type=int, help="of the choice of samples (default 0)")
-    how.add_argument(
-        "--solver", help="eigh (closed form, default), als (the paper's), svd (no data), svd_llm, asvd or fwsvd"
-    )
-    how.add_argument("--objective", help="outputs (the paper, default) or loss (weighs errors)")
-    how.add_argument("--num-iterations", type=int, help="ALS sweeps (default 10)")
+    return how
 
 
 def add_output_arguments(parser: ArgumentParser, what: str) -> None:
@@ -110,14 +124,28 @@ def add_output_arguments(parser: ArgumentParser, what: str) -> None:
 
 def config_of(args: Namespace, **fixed: Any) -> Any:
     """The `PGSVDConfig` that the arguments describe, with some fields fixed."""
+    from ..calibration import check_named
     from ..config import PGSVDConfig
 
     fields = {name: getattr(args, name) for name in signature(PGSVDConfig).parameters if hasattr(args, name)}
     if fields.get("ranks"):
-        with open(args.ranks, encoding="utf-8") as file:
-            fields["ranks"] = json.load(file)
+        fields["ranks"] = ranks_of(args.ranks)
+    for dataset in (getattr(args, name, None) for name in ("dataset", "evaluate")):
+        if dataset is not None:
+            check_named(dataset)
     settings = PGSVDConfig.best if getattr(args, "best", False) else PGSVDConfig
     return settings(**{**fields, "groups": groups_of(args), **fixed})
+
+
+def ranks_of(path: str) -> Any:
+    """What is in the file of `--ranks`."""
+    from ..errors import ConfigError
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'--ranks {path} cannot be read: {error}; write JSON such as {{"*.mlp.*": 64}}') from None
 
 
 def groups_of(args: Namespace) -> dict[str, dict[str, float]]:

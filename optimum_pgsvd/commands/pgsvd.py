@@ -186,9 +186,12 @@ class PlanCommand(Command):
 
     def work(self, args: Any) -> None:
         """Load the dense model, or its outline where its weights were measured before, and print the plan."""
+        from ..checkpoint import make_folder
         from ..compressor import PGSVDCompressor
 
         compressor = PGSVDCompressor(config_of(args))
+        if args.json:
+            make_folder(os.path.dirname(os.path.abspath(args.json)))
         options = {"revision": args.revision, "dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
         report = compressor.plan_checkpoint(args.model, **options)
         if args.json:

@@ -13,7 +13,9 @@ from .arguments import (
     add_allocation_arguments,
     add_budget_arguments,
     add_calibration_arguments,
+    add_data_arguments,
     add_layer_arguments,
+    add_skipping_argument,
     add_source_arguments,
     config_of,
     load_model,
@@ -98,6 +100,16 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def check_requests(config: Any, reductions: Sequence[float] = (), allocations: Sequence[str] = ()) -> None:
+    """Find what is wrong with what is asked for before a model is loaded."""
+    from ..factoring import request_at
+
+    config.require_dataset()
+    for allocation in allocations or [config.allocation]:
+        for reduction in reductions:
+            request_at(config, allocation=allocation, parameter_reduction=reduction)
+
+
 class ProfileCommand(Command):
     """`optimum-cli pgsvd profile`."""
 
@@ -107,8 +119,8 @@ class ProfileCommand(Command):
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the arguments."""
         add_source_arguments(parser)
-        add_layer_arguments(parser.add_argument_group("layers", argument_default=SUPPRESS))
-        add_calibration_arguments(parser)
+        add_skipping_argument(parser.add_argument_group("layers", argument_default=SUPPRESS))
+        add_data_arguments(parser)
         parser.add_argument(
             "--thresholds",
             type=float,
@@ -161,11 +173,13 @@ class SweepCommand(Command):
         from ..analysis import plots, sweep_model
 
         result, config = Result(args, "sweep"), config_of(args, parameter_reduction=0.0)
+        reductions = args.reductions or ([] if args.tolerances else self.REDUCTIONS)
+        check_requests(config, reductions, args.allocations)
         model = load_model(args)
         found = sweep_model(
             model,
             config,
-            reductions=args.reductions or ([] if args.tolerances else self.REDUCTIONS),
+            reductions=reductions,
             tolerances=args.tolerances,
             allocations=args.allocations,
             evaluation=evaluation_of(args, model, config),
@@ -216,11 +230,13 @@ class BoundCommand(Command):
         from ..analysis import bound_model, plots
 
         result, config = Result(args, "bound"), config_of(args, parameter_reduction=0.0)
+        reductions = args.reductions or self.REDUCTIONS
+        check_requests(config, reductions)
         model = load_model(args)
         found = bound_model(
             model,
             config,
-            args.reductions or self.REDUCTIONS,
+            reductions,
             alone=not args.no_alone,
             evaluation=evaluation_of(args, model, config),
         )
@@ -259,7 +275,7 @@ class ConvergenceCommand(Command):
         add_budget_arguments(parser)
         parser.add_argument("--sweeps", type=int, default=20, help="of ALS (default 20)")
         add_layer_arguments(add_allocation_arguments(parser))
-        add_calibration_arguments(parser)
+        add_data_arguments(parser)
         add_result_arguments(parser, "convergence")
 
     def work(self, args: Any) -> None:
@@ -267,13 +283,14 @@ class ConvergenceCommand(Command):
         from ..analysis import converge_model, plots
 
         result, config = Result(args, "convergence"), config_of(args)
+        check_requests(config)
         found = converge_model(load_model(args), config, args.sweeps)
         print(f"objective relative to the closed form, {len(found.layers)} layers")
         rows = zip(range(args.sweeps + 1), found.medians, found.worst, strict=True)
         show(["sweeps", "median", "worst"], [(sweep, f"{m:.5f}", f"{w:.5f}") for sweep, m, w in rows])
         values = found.to_dict()
         for name, sweeps in values["sweeps_until"].items():
-            print(f"{name}: {'not reached' if sweeps is None else f'after {sweeps} sweeps'}")
+            print(f"{name}: {'not reached' if sweeps is None else f'after sweep {sweeps}'}")
         result.write(values, lambda path: plots.draw_convergence(found, path))
 
 

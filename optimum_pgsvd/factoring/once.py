@@ -16,7 +16,7 @@ from ..config import BUDGETS, PGSVDConfig
 from ..distributed import Peers
 from ..errors import ConfigError, DistributedError
 from ..linalg import output_errors_by_rank
-from ..planning import dense_weight, measure_profiles
+from ..planning import dense_weight, measure_profiles, refuse_without_search
 from ..solvers import SOLVERS
 from ..structures import LayerPlan, LowRankFactors, RankPlan, SVDProfile
 from ..targets import Target, Targets
@@ -47,8 +47,9 @@ class Once:
         """The profiles that a request chooses ranks by.
 
         Raises:
-            ConfigError: they were not measured.
+            ConfigError: they were not measured, or are to be found by a search.
         """
+        refuse_without_search(request)
         if request.profile is None:
             return {}
         if request.profile not in self.profiles:

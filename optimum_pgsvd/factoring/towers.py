@@ -13,17 +13,16 @@ from transformers.utils import logging
 
 from ..calibration import divergence, evaluating, predict, rows, spread
 from ..config import PGSVDConfig
-from ..distributed import Peers
-from ..errors import ConfigError, DistributedError
+from ..errors import ConfigError
 from ..planning import budget_groups, plan_ranks
-from ..solvers import SOLVERS
 from ..structures import RankPlan
 from ..targets import Targets
 from ..towers import find_towers, tower_of
 from .at_plan import cut
 from .job import Clock
-from .once import Ordered, ordered_factors, request_at
+from .once import Ordered
 from .request import Calibration
+from .search import factors_to_cut, refuse_several_processes, refuse_without_batches
 
 
 # Logarithms of the ratio of two towers' tolerances: how far apart the first ones tried are, and how many lie on each
@@ -130,13 +129,8 @@ def plan_towers(
         PGSVDError: see `ordered_factors`.
     """
     tower = towers_to_share(model, targets, config)
-    refuse_without_batches(config, calibration)
-    nested = config.solver if SOLVERS.trait(config.solver, "nested") else "eigh"
-    request = request_at(
-        config, parameter_reduction=config.parameter_reduction, groups=config.groups, allocation="pareto",
-        solver=nested, objective="outputs", calibration="parallel", refine_steps=0, correct_bias=False, elastic=False,
-    )  # fmt: skip
-    ordered = ordered_factors(model, targets, request, calibration, clock=clock)
+    refuse_without_batches(config, calibration, "a tolerance for each tower in groups, with allocation='pareto'")
+    ordered = factors_to_cut(model, targets, config, calibration, clock)
     found = TowerSearch(model, targets, config, calibration, ordered, list(dict.fromkeys(tower.values())), tower)
     with clock("search"):
         best, tried = least(found.measure, len(found.towers) - 1)
@@ -150,8 +144,7 @@ def towers_to_share(model: PreTrainedModel, targets: Targets, config: PGSVDConfi
         ConfigError: there are fewer than two towers.
         DistributedError: there are several processes.
     """
-    if Peers().size > 1:
-        raise DistributedError(f"allocation={config.allocation!r} searches in one process only; start one")
+    refuse_several_processes(config)
     towers = find_towers(model)
     under_main_budget, _ = budget_groups(targets, config).get("", ({}, None))
     inside = {name: tower for name in under_main_budget if (tower := tower_of(towers, name)) is not None}
@@ -161,16 +154,6 @@ def towers_to_share(model: PreTrainedModel, targets: Targets, config: PGSVDConfi
             f"main budget lie in {' and '.join(sorted(set(inside.values()))) or 'none'} alone; use allocation='pareto'"
         )
     return inside
-
-
-def refuse_without_batches(config: PGSVDConfig, calibration: Calibration) -> None:
-    """Raise `ConfigError` where there is nothing to run the model on."""
-    if not calibration.batches:
-        raise ConfigError(
-            f"allocation={config.allocation!r} runs the model on the calibration set, so there is no plan without "
-            "one, nor by measurements made before; give texts, images or model inputs, or a tolerance for each "
-            "tower in groups, with allocation='pareto'"
-        )
 
 
 def least(measure: Callable[[Sequence[Point]], list[float]], dimensions: int) -> tuple[Point, dict[Point, float]]:

@@ -29,7 +29,7 @@ def asvd(weight: Tensor, magnitudes: Tensor, rank: int, num_iterations: int) -> 
         Balanced factors in the working dtype, most important component first.
 
     Source:
-        arXiv 2312.05821 (ASVD), the scaling by means of absolute values with α = 0.5. Its search for ranks is another
-        part, and not this one's.
+        arXiv 2312.05821 (ASVD), the scaling by means of absolute values with α = 0.5. Its search for ranks is
+        `allocation="asvd"`.
     """
     return LowRankFactors(*balanced(*scaled_projection(weight, magnitudes.pow(2 * ALPHA), rank)))
