@@ -1,9 +1,9 @@
 """Small pictures altered in ways that a caption can name, and captions that name them.
 
-A picture has a class and, in each of five families, a value of which 0 means unaltered: `content` is six integers. A
-caption mentions some of them, in words chosen at random, and leaves out the rest. So it is true of many pictures, and
-a picture has many true captions. Some classes are never shown in one of the tints, so that a model can be asked about
-pairs it has never met.
+A picture has a class and, in each of eight families, a value of which 0 means unaltered: `content` is nine integers.
+The last three families are of one mark: its ink, its spot and its sign. A caption mentions some of all this, in words
+chosen at random, and leaves out the rest. So it is true of many pictures, and a picture has many true captions. Some
+classes are never shown in one of the tints, so that a model can be asked about pairs it has never met.
 """
 
 from __future__ import annotations
@@ -63,7 +63,35 @@ FAMILIES: dict[str, tuple[Words, ...]] = {
         (("zoomed", "close-up"), ("seen up close",)),
         (("framed",), ("with a border", "in a white frame")),
     ),
+    "ink": (
+        (("unmarked",), ("without a mark",)),
+        ((), ("marked in red",)),
+        ((), ("marked in green",)),
+        ((), ("marked in blue",)),
+        ((), ("marked in yellow",)),
+        ((), ("marked in white",)),
+        ((), ("marked in black",)),
+    ),
+    "spot": (
+        ((), ("marked nowhere",)),
+        ((), ("marked at the top left",)),
+        ((), ("marked at the top centre",)),
+        ((), ("marked at the top right",)),
+        ((), ("marked at the middle left",)),
+        ((), ("marked at the middle centre",)),
+        ((), ("marked at the middle right",)),
+        ((), ("marked at the bottom left",)),
+        ((), ("marked at the bottom centre",)),
+        ((), ("marked at the bottom right",)),
+    ),
+    "sign": (
+        ((), ("with no sign on it",)),
+        ((), ("marked with a square",)),
+        ((), ("marked with a disc",)),
+        ((), ("marked with a cross",)),
+    ),
 }
+MARK = ("ink", "spot", "sign")
 PLACES = {"class": 0, **{name: place for place, name in enumerate(FAMILIES, start=1)}}
 UNMENTIONED = -1
 NOUNS = ("photo", "picture", "image", "snapshot")
@@ -74,7 +102,8 @@ STYLES = (
     "this {before} {noun} shows {thing} {after}",
 )
 # Tokens of a caption at most, the first and the last among them: what few are longer are cut, and as true as before.
-LENGTH = 24
+LENGTH = 32
+INKS = ((0.9, 0.1, 0.1), (0.1, 0.8, 0.1), (0.1, 0.1, 0.9), (0.95, 0.9, 0.1), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
 TINTS = {"red": (1.15, 0.5, 0.5), "green": (0.5, 1.15, 0.5), "blue": (0.5, 0.5, 1.15)}
 
 
@@ -84,12 +113,13 @@ def unseen_tint(label: int) -> int:
 
 
 def draw_content(labels: Sequence[int], chance: random.Random) -> Tensor:
-    """What to make of pictures of these classes `(N, 6)`: a third as they are, the others altered in up to 3 ways."""
+    """What to make of pictures of these classes `(N, 9)`: altered in up to three ways, and most of them marked."""
     rows = []
     for label in labels:
         row = [label] + [0] * len(FAMILIES)
-        altered = chance.choices((0, 1, 2, 3), (35, 30, 25, 10))[0]
-        for name in chance.sample(list(FAMILIES), altered):
+        altered = chance.choices((0, 1, 2, 3), (20, 30, 30, 20))[0]
+        named = chance.sample([name for name in FAMILIES if name not in MARK], altered)
+        for name in named + (list(MARK) if chance.random() < 0.7 else []):
             row[PLACES[name]] = chance.randrange(1, len(FAMILIES[name]))
         if row[PLACES["tint"]] == unseen_tint(label):
             row[PLACES["tint"]] = 0
@@ -98,7 +128,7 @@ def draw_content(labels: Sequence[int], chance: random.Random) -> Tensor:
 
 
 def draw_mentioned(content: Tensor, chance: random.Random) -> Tensor:
-    """What captions mention of contents `(N, 6)`: the class and alterations mostly, that there is none seldom."""
+    """What captions mention of contents `(N, 9)`: the class and alterations mostly, that there is none seldom."""
     rows = []
     for row in content.tolist():
         odds = [0.9] + [0.75 if value else 0.08 for value in row[1:]]
@@ -123,7 +153,7 @@ def write(mentioned: Sequence[int], chance: random.Random) -> str:
     for name, values in FAMILIES.items():
         value = mentioned[PLACES[name]]
         if value != UNMENTIONED:
-            early = chance.random() < 0.5
+            early = bool(values[value][0]) and chance.random() < 0.5
             (before if early else after).append(chance.choice(values[value][0 if early else 1]))
     chance.shuffle(before)
     chance.shuffle(after)
@@ -175,7 +205,22 @@ def alter(pictures: Tensor, content: Tensor, generator: torch.Generator) -> Tens
     edge = torch.ones(SIDE, SIDE, dtype=torch.bool)
     edge[3:-3, 3:-3] = False
     found[chosen] = torch.where(edge, torch.ones(()), found[chosen])
+    chosen = content[:, PLACES["ink"]].nonzero().flatten()
+    inks = torch.tensor(INKS)[content[chosen, PLACES["ink"]] - 1]
+    shapes = signs()[content[chosen, PLACES["sign"]] - 1, content[chosen, PLACES["spot"]] - 1]
+    found[chosen] = torch.where(shapes[:, None], inks[:, :, None, None], found[chosen])
     return found.clamp_(0, 1)
+
+
+def signs() -> Tensor:
+    """Where each sign is at each spot, `(signs, spots, 32, 32)`: a square, a disc and a cross of eight pixels."""
+    y, x = torch.meshgrid(torch.arange(8) - 3.5, torch.arange(8) - 3.5, indexing="ij")
+    drawn = torch.stack([y.abs() < 4, y**2 + x**2 < 15, (y.abs() < 1.6) | (x.abs() < 1.6)])
+    found = torch.zeros(3, 9, SIDE, SIDE, dtype=torch.bool)
+    for spot in range(9):
+        top, left = 2 + 10 * (spot // 3), 2 + 10 * (spot % 3)
+        found[:, spot, top : top + 8, left : left + 8] = drawn
+    return found
 
 
 def read_pictures(file: Path) -> tuple[Tensor, list[int]]:

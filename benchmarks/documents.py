@@ -131,19 +131,30 @@ def clip(results: Sequence[Result]) -> str:
 
 
 def clip_grid(results: Sequence[Result]) -> str:
-    """What each share of the vision tower in the reduction gives."""
-    own = [result for result in results if "vision" in result["settings"]]
-    shares = sorted({result["settings"]["vision"] for result in own})
+    """What each share of the vision tower in the reduction gives; beside it one ε, and what the search found."""
+    grid = [result for result in results if "vision" in result["settings"]]
+    reductions = sorted({result["reduction"] for result in grid})
+    named = {
+        f"{share:g}": [result for result in grid if result["settings"]["vision"] == share]
+        for share in sorted({result["settings"]["vision"] for result in grid})
+    }
+    for method in ("pgsvd_als", "pgsvd_towers"):
+        if found := of(results, method=method, seed=grid[0]["seed"]):
+            named[f"{label(method)}: {' and '.join(vision_shares(found))}"] = found
     rows = []
-    for share in shares:
-        row = [f"{share:g}"]
-        for reduction in sorted({result["reduction"] for result in own}):
-            found = [r for r in of(own, reduction=reduction) if r["settings"]["vision"] == share]
-            row.append(mean_and_spread([100 * each["mean_accuracy"] for each in found], ".1f"))
-            row.append(mean_and_spread([each["loss"] for each in found], ".3f"))
-        rows.append(row)
-    heads = [h for r in sorted({x["reduction"] for x in own}) for h in (f"accuracy in %, {r:.0%} removed", "loss")]
+    for name, found in named.items():
+        cells = [of(found, reduction=reduction) for reduction in reductions]
+        accuracies = [mean_and_spread([100 * each["mean_accuracy"] for each in cell], ".1f") for cell in cells]
+        losses = [mean_and_spread([each["loss"] for each in cell], ".3f") for cell in cells]
+        rows.append([name, *(number for pair in zip(accuracies, losses, strict=True) for number in pair)])
+    heads = [head for r in reductions for head in (f"accuracy in %, {r:.0%} removed", "loss")]
     return table(["vision tower's reduction, of the whole's", *heads], rows)
+
+
+def vision_shares(results: Sequence[Result]) -> list[str]:
+    """Of each result the vision tower's reduction, of the whole's, by reduction."""
+    ordered = sorted(results, key=lambda result: result["reduction"])
+    return [f"{each['towers']['vision_model']['parameter_reduction'] / each['reduction']:.2f}" for each in ordered]
 
 
 def compress_time(results: Sequence[Result]) -> str:
@@ -209,8 +220,8 @@ def write_documents() -> None:
             fill(name, make(results))
     if results := read_results("perplexity"):
         fill("perplexity:babyllama_tok361", short_perplexity(results), ROOT / "README.md")
-    if grid := [result for result in read_results("clip") if "vision" in result["settings"]]:
-        fill("clip-grid", clip_grid(grid))
+    if any("vision" in result["settings"] for result in read_results("clip")):
+        fill("clip-grid", clip_grid(read_results("clip")))
     fill("paper-cells", paper_cells())
     fill("claims", claims.table())
     plots.draw(ROOT / "docs" / "plots")

@@ -5,13 +5,14 @@ An answer is put in several wordings, whose embeddings are averaged, as CLIP's a
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from captions import CLASSES, FAMILIES, PLACES, alter, draw_content, prompts, unseen_tint
+from captions import CLASSES, FAMILIES, MARK, PLACES, alter, draw_content, prompts, unseen_tint
 from torch import Tensor
 
 
@@ -54,11 +55,29 @@ def altered(pictures: Tensor, content: Tensor, seed: int) -> Tensor:
 def about_family(name: str, pictures: Tensor, labels: Sequence[int], seed: int) -> Question:
     """Which value of a family pictures have that are altered in no other way, each value as often as the others."""
     count = len(FAMILIES[name])
+    chance = torch.Generator().manual_seed(seed)
     content = torch.zeros(len(labels), len(PLACES), dtype=torch.long)
     content[:, 0] = torch.tensor(labels)
+    for mark in MARK if name in MARK else ():
+        content[:, PLACES[mark]] = torch.randint(1, len(FAMILIES[mark]), (len(labels),), generator=chance)
     right = torch.arange(len(labels)) // len(CLASSES) % count
-    content[:, PLACES[name]] = right
-    return Question(altered(pictures, content, seed), answers([{name: value} for value in range(count)]), right)
+    if name in MARK:  # of what is marked
+        count, right = count - 1, right % (count - 1)
+    content[:, PLACES[name]] = right + (name in MARK)
+    said = [{name: value + (name in MARK)} for value in range(count)]
+    return Question(altered(pictures, content, seed), answers(said), right)
+
+
+def about_mark(pictures: Tensor, labels: Sequence[int], seed: int) -> Question:
+    """Which mark pictures have that are altered in no other way: its ink, its spot and its sign."""
+    chance = torch.Generator().manual_seed(seed)
+    content = torch.zeros(len(labels), len(PLACES), dtype=torch.long)
+    content[:, 0] = torch.tensor(labels)
+    marks = list(itertools.product(*(range(1, len(FAMILIES[name])) for name in MARK)))
+    right = torch.randint(len(marks), (len(labels),), generator=chance)
+    content[:, [PLACES[name] for name in MARK]] = torch.tensor(marks)[right]
+    said = [dict(zip(MARK, mark, strict=True)) for mark in marks]
+    return Question(altered(pictures, content, seed), answers(said), right)
 
 
 def unseen_pairs(pictures: Tensor, labels: Sequence[int], seed: int) -> Question:
@@ -80,7 +99,8 @@ def questions(pictures: Tensor, labels: Sequence[int], seed: int = 0) -> dict[st
     return {
         "class": Question(pictures, classes, right),
         "class of altered": Question(altered(pictures, content, seed), classes, right),
-        **{name: about_family(name, pictures, labels, seed) for name in ("tint", "turn", "focus")},
+        **{name: about_family(name, pictures, labels, seed) for name in ("tint", "spot")},
+        "mark": about_mark(pictures, labels, seed),
         "unseen pairs": unseen_pairs(pictures, labels, seed),
     }
 

@@ -10,6 +10,8 @@ Options of a grid:
     pairs: pictures and captions to calibrate on.
     vision: of the vision tower its reduction over that of the whole, the text tower getting what is left of the
         budget: one ε a tower. By default one budget for both.
+    projections: compress the projections behind the towers by the reduction, and the blocks by so much less that as
+        many parameters are removed as without.
     config: further fields of PGSVDConfig.
 """
 
@@ -117,7 +119,7 @@ def measure(case: Clip, cell: Cell) -> dict[str, Any]:
     drawn = case.pairs(cell.options["pairs"] + LOSS_PAIRS, cell.seed)
     batches = [{key: each[key] for key in ("pixel_values", "input_ids")} for each in drawn]
     data = {"dataset": batches[: cell.options["pairs"] // BATCH], "num_samples": cell.options["pairs"]}
-    model, values = compressed(case.model, with_towers(cell, case.model), data)
+    model, values = compressed(case.model, with_groups(cell, case.model), data)
     with torch.autocast(model.device.type, torch.bfloat16):
         found = {
             name: accuracy(model, case.processor.tokenizer, question, pixels)
@@ -133,21 +135,27 @@ def measure(case: Clip, cell: Cell) -> dict[str, Any]:
     }
 
 
-def with_towers(cell: Cell, model: Any) -> Cell:
-    """The cell with a budget for each tower, where its method has the setting `vision`."""
-    settings = dict(cell.settings)
-    if "vision" not in settings:
-        return cell
+def with_groups(cell: Cell, model: Any) -> Cell:
+    """The cell with the budgets that its settings `vision` and `projections` stand for."""
     from optimum_pgsvd import PGSVDConfig
     from optimum_pgsvd.targets import find_targets
 
     shapes = find_targets(model, PGSVDConfig(cell.reduction, solver="svd")).shapes
     total = sum(shape.dense_parameters for shape in shapes.values())
-    seen = sum(shape.dense_parameters for name, shape in shapes.items() if name.startswith("vision_model"))
-    vision = cell.reduction * settings.pop("vision")
-    text = (cell.reduction * total - vision * seen) / (total - seen)
-    groups = {"vision_model.*": {"parameter_reduction": vision}, "text_model.*": {"parameter_reduction": text}}
-    return replace(cell, settings={**settings, "groups": groups})
+    settings, reduction = dict(cell.settings), cell.reduction
+    if "vision" in settings:
+        seen = sum(shape.dense_parameters for name, shape in shapes.items() if name.startswith("vision_model"))
+        vision = reduction * settings.pop("vision")
+        text = (reduction * total - vision * seen) / (total - seen)
+        settings["groups"] = {
+            "vision_model.*": {"parameter_reduction": vision},
+            "text_model.*": {"parameter_reduction": text},
+        }
+    if settings.pop("projections", False):
+        behind = model.visual_projection.weight.numel() + model.text_projection.weight.numel()
+        settings["groups"] = {"*_projection": {"parameter_reduction": reduction}}
+        reduction *= 1 - behind / total
+    return replace(cell, settings=settings, reduction=reduction)
 
 
 def mean_loss(model: Any, drawn: list[dict[str, Any]]) -> float:
@@ -172,6 +180,6 @@ def towers(model: Any) -> dict[str, Any]:
         tolerances = {layer.tolerance for layer in layers}
         found[tower] = {
             "tolerance": tolerances.pop() if len(tolerances) == 1 else None,
-            "parameter_reduction": 1 - sum(layer.parameters_after for layer in layers) / before,
+            "parameter_reduction": 1 - sum(layer.parameters_after for layer in layers) / before if layers else 0.0,
         }
     return found

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -164,8 +165,13 @@ def resume(run: Run, path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     tensors = load_weights(run.model, path)
+    states: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        kind, name = key.split(".", 1)
+        if kind != "weight":
+            states[name][kind] = tensor
     for name, parameter in run.model.named_parameters():
-        run.optimizer.state[parameter] = {k: tensors[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+        run.optimizer.state[parameter] = states[name]
     run.step, run.seconds = int(metadata["step"]), float(metadata["seconds"])
 
 
