@@ -22,7 +22,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Plan:
 
 def make_config(vocabulary: int) -> CLIPConfig:
     """A vision tower of six layers and a text tower of four, narrow, so that their capacity is needed."""
-    tower = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2}
+    tower = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2, "projection_dim": 64}
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     return CLIPConfig(
         vision_config={**tower, "num_hidden_layers": 6, "image_size": 32, "patch_size": 4},
@@ -228,7 +228,7 @@ def heldout_accuracy(model: CLIPModel, tokenizer: Any, pictures: Tensor, labels:
 
     asked = questions(pictures, labels)
     return {
-        name: accuracy(model, tokenizer, asked[name], normalized(asked[name].pictures.float() / 255))
+        name: accuracy(model, tokenizer, asked[name], normalized(asked[name].pictures.float() / 255).split(250))
         for name in ("class", "unseen pairs")
     }
 
@@ -354,14 +354,13 @@ def account(
     labels: Sequence[int],
 ) -> dict[str, Any]:
     """What was trained on what, for how long, and how well it does."""
-    from zero_shot import accuracy, pixel_values, questions
+    from zero_shot import questions
 
     known = len(labels) - HELD_OUT
     told = {field.name for field in fields(Plan)} | {"seconds", "threads"}
     plan = {key: value for key, value in plan.items() if key in told}
     last = [line["loss"] for line in log if line["step"] > plan["steps"] - 100]
     asked = questions(pictures[known:], labels[known:])
-    pixels = {name: pixel_values(processor.image_processor, each.pictures) for name, each in asked.items()}
     towers = {"vision": model.vision_model, "text": model.text_model}
     return {
         "architecture": type(model).__name__,
@@ -376,7 +375,7 @@ def account(
         },
         "heldout": {
             "pictures": HELD_OUT,
-            "accuracy": {n: accuracy(model, processor.tokenizer, asked[n], pixels[n]) for n in asked},
+            "accuracy": accuracies(model, processor, asked),
             "answers": {name: len(each.answers) for name, each in asked.items()},
             "first_pictures": FEW,
             "accuracy_of_first_pictures": of_few(model, processor, pictures[known:], labels[known:]),
@@ -387,11 +386,18 @@ def account(
 
 def of_few(model: CLIPModel, processor: Any, pictures: Tensor, labels: Sequence[int]) -> dict[str, float]:
     """Accuracy on the six sets of the first pictures, as many as a test can afford."""
-    from zero_shot import accuracy, pixel_values, questions
+    from zero_shot import questions
+
+    return accuracies(model, processor, questions(pictures[:FEW], labels[:FEW]))
+
+
+def accuracies(model: CLIPModel, processor: Any, asked: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy by question."""
+    from zero_shot import accuracy, pixel_batches
 
     return {
-        name: accuracy(model, processor.tokenizer, each, pixel_values(processor.image_processor, each.pictures))
-        for name, each in questions(pictures[:FEW], labels[:FEW]).items()
+        name: accuracy(model, processor.tokenizer, each, pixel_batches(processor.image_processor, each.pictures))
+        for name, each in asked.items()
     }
 
 

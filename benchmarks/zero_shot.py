@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,28 +128,26 @@ def answer_embeddings(model: Any, tokenizer: Any, wordings: Sequence[Sequence[st
     return torch.nn.functional.normalize(torch.stack(means), dim=-1)
 
 
-def pixel_values(image_processor: Any, pictures: Any, batch_size: int = 500) -> Tensor:
-    """What the model reads of pictures `(N, 3, H, W)`, uint8, or of PIL images."""
+def pixel_batches(image_processor: Any, pictures: Any, batch_size: int = 250) -> Iterator[Tensor]:
+    """What the model reads of pictures `(N, 3, H, W)`, uint8, or of PIL images, some at a time."""
     from PIL import Image
 
-    found = []
     for start in range(0, len(pictures), batch_size):
         few = pictures[start : start + batch_size]
         if isinstance(few, Tensor):
             few = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in few]
-        found.append(image_processor(images=list(few), return_tensors="pt")["pixel_values"])
-    return torch.cat(found)
+        yield image_processor(images=[each.convert("RGB") for each in few], return_tensors="pt")["pixel_values"]
 
 
 @torch.no_grad()
-def image_embeddings(model: Any, pixels: Tensor, batch_size: int = 250) -> Tensor:
-    """Unit vectors `(N, d)`."""
-    batches = (batch.to(model.device, model.dtype) for batch in pixels.split(batch_size))
+def image_embeddings(model: Any, pixels: Iterable[Tensor]) -> Tensor:
+    """Unit vectors `(N, d)` of batches of what the model reads."""
+    batches = (batch.to(model.device, model.dtype) for batch in pixels)
     found = [model.get_image_features(pixel_values=batch).pooler_output.float() for batch in batches]
     return torch.nn.functional.normalize(torch.cat(found), dim=-1)
 
 
-def accuracy(model: Any, tokenizer: Any, question: Question, pixels: Tensor) -> float:
-    """Share of pictures, given as the model reads them, that are nearest to their right answer."""
+def accuracy(model: Any, tokenizer: Any, question: Question, pixels: Iterable[Tensor]) -> float:
+    """Share of pictures, given in batches as the model reads them, that are nearest to their right answer."""
     likeness = image_embeddings(model, pixels) @ answer_embeddings(model, tokenizer, question.answers).T
     return (likeness.argmax(-1).cpu() == question.right).float().mean().item()

@@ -173,9 +173,9 @@ def test_pictures_are_altered_as_their_contents_say(pictures):
 
 def test_training_reads_pictures_as_the_image_processor_does(pictures, tokenizer):
     from train_clip import make_processor, normalized
-    from zero_shot import pixel_values
+    from zero_shot import pixel_batches
 
-    found = pixel_values(make_processor(tokenizer).image_processor, pictures[0])
+    found = torch.cat(list(pixel_batches(make_processor(tokenizer).image_processor, pictures[0], 30)))
     torch.testing.assert_close(found, normalized(pictures[0].float() / 255), rtol=0, atol=1e-6)
 
 
@@ -245,13 +245,48 @@ def test_accuracy_is_the_share_of_right_answers(pictures, tokenizer):
         ).logits_per_image
     single = [[texts[0]] for texts in wordings]
     right = likeness.argmax(-1)
-    assert accuracy(model, tokenizer, Question(None, single, right), pixels) == 1
+    assert accuracy(model, tokenizer, Question(None, single, right), [pixels]) == 1
     right[:12] = (right[:12] + 1) % 3
-    assert accuracy(model, tokenizer, Question(None, single, right), pixels) == pytest.approx(0.6)
+    assert accuracy(model, tokenizer, Question(None, single, right), [pixels]) == pytest.approx(0.6)
     embedded = answer_embeddings(model, tokenizer, wordings)
     torch.testing.assert_close(embedded.norm(dim=-1), torch.ones(3))
     assert not torch.allclose(embedded[0], answer_embeddings(model, tokenizer, single)[0], atol=1e-3)
-    torch.testing.assert_close(image_embeddings(model, pixels, 7), image_embeddings(model, pixels))
+    torch.testing.assert_close(image_embeddings(model, pixels.split(7)), image_embeddings(model, [pixels]))
+
+
+def test_sets_of_the_hub_are_read_with_their_names_and_templates(pictures, tokenizer, monkeypatch):
+    import datasets
+    from grid import Unavailable
+    from kinds.clip import of_the_hub
+    from PIL import Image
+    from train_clip import make_processor
+
+    def load_dataset(name, split):
+        features = datasets.Features(
+            {"img": datasets.Image(), "label": datasets.ClassLabel(names=["air_plane", name.upper()])}
+        )
+        rows = range(70) if split == "train" else range(7)
+        images = [Image.fromarray(pictures[0][i].permute(1, 2, 0).numpy()) for i in rows]
+        return datasets.Dataset.from_dict({"img": images, "label": [i % 2 for i in rows]}, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    where = {"split": "test", "image": "img", "label": "label"}
+    spec = {"sets": {n: {"dataset": n, **where} for n in ("cats", "dogs")}, "calibration_split": "train"}
+    asked, pairs = of_the_hub(spec, make_processor(tokenizer))
+    question, pixels = asked["dogs"]
+    assert [wordings[0] for wordings in question.answers] == ["a photo of a air plane.", "a photo of a dogs."]
+    assert question.right.tolist() == [0, 1, 0, 1, 0, 1, 0]
+    assert torch.cat(list(pixels())).shape == (7, 3, SIDE, SIDE)
+    assert torch.equal(next(iter(pixels())), next(iter(pixels())))
+    (drawn,) = pairs(128, seed=0)
+    assert drawn["pixel_values"].shape == (128, 3, SIDE, SIDE)
+    assert torch.equal(drawn["true"], drawn["true"].T)
+    assert drawn["true"].diagonal().all()
+    classes = drawn["true"].float().sum(1)
+    assert classes.unique().numel() <= 4
+    assert classes.max() < 60
+    with pytest.raises(Unavailable, match="cats, dogs have 140 training pictures, of 256"):
+        pairs(256, seed=0)
 
 
 # Training

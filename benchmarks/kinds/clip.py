@@ -18,11 +18,12 @@ Options of a grid:
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from grid import Cell, located, source
+from grid import Cell, Unavailable, located, source
 
 from kinds.compressing import compressed
 
@@ -38,14 +39,14 @@ class Clip:
     Args:
         model: in evaluation mode.
         processor: of it.
-        sets: of each its question and its pictures as the model reads them.
+        sets: of each its question and what gives its pictures as the model reads them, in batches.
         pairs: what to calibrate on or to take the loss on: `(count, seed)` → batches of pixel values, token ids and
             what is true of what.
     """
 
     model: Any
     processor: Any
-    sets: Mapping[str, tuple[Any, Any]]
+    sets: Mapping[str, tuple[Any, Callable[[], Iterable[Any]]]]
     pairs: Any
 
 
@@ -64,7 +65,7 @@ def ours(spec: Mapping[str, Any], processor: Any, count: int) -> tuple[dict, Any
     """The six sets of the pictures that our CLIP was not trained on, and pairs of those it was trained on."""
     from captions import read_pictures
     from train_clip import HELD_OUT, Plan, batch
-    from zero_shot import pixel_values, questions
+    from zero_shot import pixel_batches, questions
 
     pictures, labels = read_pictures(located(spec["pictures"]))
     known = len(labels) - min(HELD_OUT, len(labels) // 10)
@@ -77,16 +78,16 @@ def ours(spec: Mapping[str, Any], processor: Any, count: int) -> tuple[dict, Any
         )
         return [{"pixel_values": pixels, "input_ids": ids, "true": true} for pixels, ids, true in drawn]
 
-    return {
-        name: (each, pixel_values(processor.image_processor, each.pictures)) for name, each in asked.items()
-    }, pairs
+    # Small enough to be kept.
+    read = {name: list(pixel_batches(processor.image_processor, each.pictures)) for name, each in asked.items()}
+    return {name: (each, partial(iter, read[name])) for name, each in asked.items()}, pairs
 
 
 def of_the_hub(spec: Mapping[str, Any], processor: Any) -> tuple[dict, Any]:
     """Sets of the Hub, and pairs of their training splits: a picture and what it shows, in the words of a template."""
     import torch
     from datasets import load_dataset
-    from zero_shot import named_classes, pixel_values
+    from zero_shot import named_classes, pixel_batches
 
     asked = {name: named_classes(where) for name, where in spec["sets"].items()}
 
@@ -97,6 +98,10 @@ def of_the_hub(spec: Mapping[str, Any], processor: Any) -> tuple[dict, Any]:
             for i in chance.sample(range(len(rows)), min(len(rows), -(-count // len(spec["sets"])))):
                 row = rows[i]
                 drawn.append((row[where["image"]].convert("RGB"), (name, row[where["label"]])))
+        if len(drawn) < count:
+            raise Unavailable(
+                f"{', '.join(spec['sets'])} have {len(drawn)} training pictures, of {count} that it takes"
+            )
         chance.shuffle(drawn)
         found = []
         for start in range(0, count, BATCH):
@@ -108,7 +113,7 @@ def of_the_hub(spec: Mapping[str, Any], processor: Any) -> tuple[dict, Any]:
         return found
 
     return {
-        name: (each, pixel_values(processor.image_processor, each.pictures)) for name, each in asked.items()
+        name: (each, partial(pixel_batches, processor.image_processor, each.pictures)) for name, each in asked.items()
     }, pairs
 
 
@@ -122,7 +127,7 @@ def measure(case: Clip, cell: Cell) -> dict[str, Any]:
     model, values = compressed(case.model, with_groups(cell, case.model), data)
     with torch.autocast(model.device.type, torch.bfloat16):
         found = {
-            name: accuracy(model, case.processor.tokenizer, question, pixels)
+            name: accuracy(model, case.processor.tokenizer, question, pixels())
             for name, (question, pixels) in case.sets.items()
         }
         loss = mean_loss(model, drawn[cell.options["pairs"] // BATCH :])

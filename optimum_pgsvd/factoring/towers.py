@@ -109,8 +109,8 @@ def plan_towers(
 ) -> tuple[RankPlan, dict[str, Any]]:
     """The plan with a tolerance for each tower, of which what the model predicts suffers least.
 
-    One walk over the calibration set and one decomposition of every layer serve all of them, by the closed form and in
-    parallel calibration, whatever solver and calibration the model is compressed by then.
+    One walk over the calibration set and one decomposition of every layer serve all of them, in parallel calibration
+    and by the request's solver where its factors can be cut, by the closed form where not (`factors_to_cut`).
 
     Args:
         model: dense, in memory; not changed.
