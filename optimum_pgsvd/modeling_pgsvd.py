@@ -170,6 +170,10 @@ class LowRankLinear(LowRankLayer):
         return self.left.weight.to(dtype) @ self.right.weight.to(dtype)
 
 
+# Rows of inputs from which on a pivoted layer puts its outputs in order by writing each in its place.
+MANY_ROWS = 64
+
+
 class PivotedLinear(LowRankLayer):
     """A linear layer of rank r held as r rows of its weight, and what makes the other rows of those.
 
@@ -194,10 +198,9 @@ class PivotedLinear(LowRankLayer):
     def forward(self, x: Tensor) -> Tensor:
         """`x (..., n)` to `(..., m)`."""
         rows = self.basis(x)
-        if self.coefficients is not None:
-            rows = torch.cat([rows, self.coefficients(rows)], dim=-1)
-        # of a matrix, because in more dimensions a CPU takes ten times as long
-        outputs = rows.reshape(-1, self.out_features).index_select(1, self.order).view(*x.shape[:-1], -1)
+        parts = [rows] if self.coefficients is None else [rows, self.coefficients(rows)]
+        # of matrices, because in more dimensions a CPU takes ten times as long
+        outputs = in_order([part.reshape(-1, part.shape[-1]) for part in parts], self.order).view(*x.shape[:-1], -1)
         return outputs if self.bias is None else outputs + self.bias
 
     @property
@@ -216,6 +219,20 @@ class PivotedLinear(LowRankLayer):
         if self.coefficients is not None:
             rows = torch.cat([rows, self.coefficients.weight.to(dtype) @ rows])
         return rows.index_select(0, self.order)
+
+
+def in_order(parts: list[Tensor], order: Tensor) -> Tensor:
+    """`(T, m)`, of which column i is column `order[i]` of the parts `(T, ·)` side by side."""
+    count = parts[0].shape[0]
+    if count < MANY_ROWS:
+        return torch.cat(parts, dim=1).index_select(1, order)
+    # Each column is put where it belongs: on a CPU that takes half the time of collecting them, of half precision.
+    numbers = torch.arange(order.shape[0], device=order.device)
+    places = torch.empty_like(numbers).scatter_(0, order.long(), numbers)
+    outputs = parts[0].new_empty(count, order.shape[0])
+    for part, where in zip(parts, places.split([part.shape[1] for part in parts]), strict=True):
+        outputs.index_copy_(1, where, part)
+    return outputs
 
 
 LAYERS: dict[str, type[LowRankLayer]] = {"factors": LowRankLinear, "pivoted": PivotedLinear}
