@@ -170,8 +170,8 @@ class LowRankLinear(LowRankLayer):
         return self.left.weight.to(dtype) @ self.right.weight.to(dtype)
 
 
-# Rows of inputs from which on a pivoted layer puts its outputs in order by writing each in its place.
-MANY_ROWS = 64
+# Numbers from which on a pivoted layer puts its outputs in order by writing each in its place.
+MANY_OUTPUTS = 2**18
 
 
 class PivotedLinear(LowRankLayer):
@@ -224,7 +224,7 @@ class PivotedLinear(LowRankLayer):
 def in_order(parts: list[Tensor], order: Tensor) -> Tensor:
     """`(T, m)`, of which column i is column `order[i]` of the parts `(T, ·)` side by side."""
     count = parts[0].shape[0]
-    if count < MANY_ROWS:
+    if count * order.shape[0] < MANY_OUTPUTS:
         return torch.cat(parts, dim=1).index_select(1, order)
     # Each column is put where it belongs: on a CPU that takes half the time of collecting them, of half precision.
     numbers = torch.arange(order.shape[0], device=order.device)

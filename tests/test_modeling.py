@@ -10,7 +10,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optimum_pgsvd import LowRankLinear, PivotedLinear, modeling_pgsvd
-from optimum_pgsvd.modeling_pgsvd import MANY_ROWS
 from optimum_pgsvd.replace import replace_linear
 from optimum_pgsvd.structures import LowRankFactors, PivotedFactors
 
@@ -35,8 +34,10 @@ each_storage = pytest.mark.parametrize("layer", [layer, pivoted], ids=["factors"
 
 @pytest.mark.parametrize("rank", [3, 5])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 4, 7), (MANY_ROWS - 1, 7), (MANY_ROWS, 7), (2, MANY_ROWS, 7)])
-def test_pivoted_forward_puts_every_row_in_its_place(shape, bias, rank):
+@pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 4, 7)])
+@pytest.mark.parametrize("many", [1, 10, 10**6])
+def test_pivoted_forward_puts_every_row_in_its_place(shape, bias, rank, many, monkeypatch):
+    monkeypatch.setattr(modeling_pgsvd, "MANY_OUTPUTS", many)
     low_rank, x = pivoted(bias, rank=rank, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     basis = low_rank.basis.weight
     coefficients = basis[:0, :0] if low_rank.coefficients is None else low_rank.coefficients.weight
@@ -48,13 +49,14 @@ def test_pivoted_forward_puts_every_row_in_its_place(shape, bias, rank):
     torch.testing.assert_close(low_rank.to_dense(torch.float64)(x), expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("rows", [4, MANY_ROWS])
-def test_pivoted_parameters_are_as_many_as_they_should_be_and_all_get_gradients(rows):
+@pytest.mark.parametrize("many", [1, 10**6])
+def test_pivoted_parameters_are_as_many_as_they_should_be_and_all_get_gradients(many, monkeypatch):
+    monkeypatch.setattr(modeling_pgsvd, "MANY_OUTPUTS", many)
     low_rank = pivoted()
     assert {name: tuple(p.shape) for name, p in low_rank.state_dict().items()} == {
         "bias": (5,), "order": (5,), "basis.weight": (3, 7), "coefficients.weight": (2, 3),
     }  # fmt: skip
-    x = torch.randn(rows, 7)
+    x = torch.randn(4, 7)
     low_rank(x).square().sum().backward()
     dense = low_rank.to_dense(torch.float32)
     dense(x).square().sum().backward()
