@@ -32,12 +32,12 @@ def save(figure: Any, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None, "Creator": None}, bbox_inches="tight")
 
 
-def axes(count: int, width: float = 2.6, height: float = 2.3) -> tuple[Any, list[Any]]:
-    """A figure with plots side by side."""
+def axes(count: int, width: float = 2.6, height: float = 2.3, rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure with plots side by side, in rows of as many."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * count, height), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    figure = Figure(figsize=(width * count, height * rows + 0.3), layout="constrained")
+    return figure, list(figure.subplots(rows, count, squeeze=False).flat)
 
 
 def mean_by(results: Sequence[Result], x: Any, y: Any) -> tuple[list[float], list[float]]:
@@ -61,26 +61,31 @@ def perplexity(results: Sequence[Result]) -> Any:
             plot.plot(x, y, marker=".", label=methods()[method]["label"])
         plot.set(title=model, xlabel="% of parameters removed", yscale="log")
     plots[0].set_ylabel("perplexity / dense")
-    plots[0].legend()
-    return figure
+    return with_legend(figure, plots[0])
 
 
 def towers(grid: Sequence[Result], results: Sequence[Result]) -> Any:
-    """Accuracy against the part of the vision tower in the reduction, with uniform ranks beside."""
+    """Accuracy and loss against the part of the vision tower in the reduction, on one seed; other choices beside."""
     reductions = sorted({result["reduction"] for result in grid})
-    figure, plots = axes(len(reductions), 3.0)
-    for plot, reduction in zip(plots, reductions, strict=True):
+    measures = {"mean accuracy, %": accuracy, "contrastive loss": lambda result: result["loss"]}
+    figure, plots = axes(len(reductions), 3.0, rows=len(measures))
+    for plot, (name, measure), reduction in zip(
+        plots, (m for m in measures.items() for _ in reductions), reductions * len(measures), strict=True
+    ):
         own = [result for result in grid if result["reduction"] == reduction]
-        plot.plot(
-            *mean_by(own, lambda r: r["settings"]["vision"], accuracy), marker=".", label="PGSVD, two ε, by hand"
-        )
+        plot.plot(*mean_by(own, lambda r: r["settings"]["vision"], measure), marker=".", label="PGSVD, two ε, by hand")
         for method, style in (("als", ":"), ("pgsvd_als", "--"), ("pgsvd_towers", "-")):
-            found = [accuracy(r) for r in results if r["method"] == method and r["reduction"] == reduction]
-            if found:
-                plot.axhline(statistics.mean(found), color="gray", linestyle=style, label=methods()[method]["label"])
-        plot.set(title=f"{reduction:.0%} removed", xlabel="vision tower's reduction / the whole's")
-    plots[0].set_ylabel("mean accuracy, %")
-    plots[-1].legend()
+            found = [r for r in results if r["method"] == method and r["reduction"] == reduction]
+            if beside := [measure(r) for r in found if r["seed"] == own[0]["seed"]]:
+                plot.axhline(statistics.mean(beside), color="gray", linestyle=style, label=methods()[method]["label"])
+        plot.set(title=f"{reduction:.0%} removed", xlabel="vision tower's reduction / the whole's", ylabel=name)
+    return with_legend(figure, plots[0])
+
+
+def with_legend(figure: Any, plot: Any) -> Any:
+    """A figure with the legend of one of its plots below all."""
+    handles, labels = plot.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
