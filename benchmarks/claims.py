@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grid
 from cells import RESULTS, read_cells
-from grid import DENSE, models, read_results, source
+from grid import DENSE, read_results, source
 
 
 Result = Mapping[str, Any]
@@ -101,7 +102,7 @@ def clip_svd_at_chance() -> Finding:
 
 def chance_of_sets(model: str) -> float:
     """Mean accuracy in % of guessing, over the six sets of a CLIP of ours."""
-    account = json.loads((Path(source(models()[model]["path"])) / "training.json").read_text(encoding="utf-8"))
+    account = json.loads((Path(source(grid.models()[model]["path"])) / "training.json").read_text(encoding="utf-8"))
     return 100 * statistics.mean(1 / count for count in account["heldout"]["answers"].values())
 
 
