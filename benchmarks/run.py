@@ -8,8 +8,9 @@
     python benchmarks/run.py --tables                      # only write the documents from the results
 
 Every result is a JSON file of its own in `benchmarks/results/NAME`, with versions, hardware, seed and commit. A cell
-that has one is not measured again, unless what it asks for has changed. Trained models and texts beside those of the
-project are read from the folder `PGSVD_DATA`.
+that has one is not measured again, unless what it asks for has changed. The exit status is 1 where something that was
+asked for could not be measured. Trained models and texts beside those of the project are read from the folder
+`PGSVD_DATA`.
 """
 
 from __future__ import annotations
@@ -153,6 +154,8 @@ def main(given: list[str] | None = None) -> None:
         from documents import write_documents
 
         write_documents()
+    if not args.tables and any(missing(name, args) for name in args.names):
+        raise SystemExit(1)  # why was said above
 
 
 if __name__ == "__main__":
