@@ -21,7 +21,6 @@ import os
 import random
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -40,7 +39,7 @@ from transformers import AutoProcessor, CLIPConfig, CLIPModel, CLIPTokenizer
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "reference"))
-from train import Run, load_weights, order, read_log, resume, save  # noqa: E402
+from train import Run, Schedule, follow, load_weights, make_optimizer, order, read_log  # noqa: E402
 
 
 OUTPUT = HERE / "reference" / "clip-0.6m"
@@ -55,36 +54,22 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Schedule):
     """How the model is trained.
 
     Args:
-        steps: planned; the learning rate comes down to nothing at the last.
-        batch_size: pictures a step.
-        learning_rate: between the warm-up and the last part.
-        warmup: steps in which the learning rate rises.
-        cooldown: part of the steps in which it comes down, in a straight line.
-        weight_decay: of the matrices.
-        report_every: steps between lines of the log.
-        heldout_every: steps between held-out accuracies, a multiple of `report_every`.
+        cooldown: part of the steps in which the learning rate comes down, in a straight line.
         heldout_pictures: how many the accuracies of the log are taken on.
-        autocast: matrix products in bfloat16, everything else in float32.
-        compile: with torch.compile; needs a C++ compiler.
-        seed: of the weights, of the order of the pictures, of alterations and captions.
     """
 
-    steps: int
     batch_size: int = 128
     learning_rate: float = 2e-3
     warmup: int = 300
-    cooldown: float = 0.3
     weight_decay: float = 0.02
     report_every: int = 100
     heldout_every: int = 2000
+    cooldown: float = 0.3
     heldout_pictures: int = 1000
-    autocast: bool = True
-    compile: bool = True
-    seed: int = 0
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -177,33 +162,26 @@ def build(config: CLIPConfig, seed: int) -> CLIPModel:
 
 
 class Optimizers:
-    """Muon for the matrices of the blocks and AdamW for the rest, as one.
+    """Muon for the matrices of the blocks and AdamW for the rest, as one; logits are scaled by 100 at most, as CLIP's.
 
     Muon moves all directions of a matrix by equal amounts, so that a small model makes use of its full rank.
     """
 
     def __init__(self, model: CLIPModel, plan: Plan) -> None:
-        named = list(model.named_parameters())
-        inside = [p for name, p in named if ".layers." in name and p.ndim == 2]
-        outside = [p for name, p in named if not (".layers." in name and p.ndim == 2)]
+        inside = {name: p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2}
         self.muon = torch.optim.Muon(
-            inside, lr=plan.learning_rate, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"
+            inside.values(), lr=plan.learning_rate, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [p for p in outside if p.ndim > 1], "weight_decay": plan.weight_decay},
-                {"params": [p for p in outside if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=plan.learning_rate,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
+        self.adamw = make_optimizer((p for name, p in model.named_parameters() if name not in inside), plan)
         self.adamw.state = self.state = self.muon.state
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+        self.scale = model.logit_scale
 
+    @torch.no_grad()
     def step(self) -> None:
         self.muon.step()
         self.adamw.step()
+        self.scale.clamp_(max=math.log(100))
 
     def zero_grad(self) -> None:
         self.muon.zero_grad()
@@ -231,24 +209,6 @@ def heldout_accuracy(model: CLIPModel, tokenizer: Any, pictures: Tensor, labels:
         name: accuracy(model, tokenizer, asked[name], normalized(asked[name].pictures.float() / 255).split(250))
         for name in ("class", "unseen pairs")
     }
-
-
-def steps(run: Run, forward: Callable[..., Tensor], batches: Callable[[int], tuple[Tensor, ...]], plan: Plan) -> Any:
-    """Train step after step; yields the loss and the norm of the gradient."""
-    while run.step < plan.steps:
-        run.model.train()
-        for group in run.optimizer.param_groups:
-            group["lr"] = plan.rate(run.step)
-        pixels, ids, true = batches(run.step)
-        loss = contrastive_loss(forward(pixels, ids), true)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        with torch.no_grad():
-            run.model.logit_scale.clamp_(max=math.log(100))
-        run.step += 1
-        yield loss.item(), norm.item()
 
 
 def train(
@@ -280,48 +240,23 @@ def train(
     Returns:
         The run: done if its step is the last of the plan.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = output / "checkpoint.safetensors", output / "log.jsonl"
     known = len(labels) - min(HELD_OUT, len(labels) // 10)
-    model = build(config or make_config(len(tokenizer)), plan.seed)
-    run = Run(model, Optimizers(model, plan))
-    if checkpoint.exists():
-        resume(run, checkpoint)
-    # What was logged after the checkpoint is about to happen again.
-    kept = [line for line in read_log(log) if line["step"] <= run.step]
-    log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    forward = make_forward(model, plan)
-    began = saved = time.perf_counter()
-    before, first = run.seconds, run.step
-    losses: list[float] = []
     last = slice(known, known + plan.heldout_pictures)
+    model = build(config or make_config(len(tokenizer)), plan.seed)
+    forward = make_forward(model, plan)
 
-    def batches(step: int) -> tuple[Tensor, ...]:
-        return batch(pictures[:known], labels[:known], tokenizer, step, plan)
+    def loss_of(step: int) -> tuple[Tensor, float]:
+        pixels, ids, true = batch(pictures[:known], labels[:known], tokenizer, step, plan)
+        loss = contrastive_loss(forward(pixels, ids), true)
+        return loss, loss.item()
 
-    for loss, norm in steps(run, forward, batches, plan):
-        losses.append(loss)
-        if run.step % plan.report_every == 0 or run.step == plan.steps:
-            line = {"step": run.step, "loss": sum(losses) / len(losses), "gradient_norm": norm}
-            losses = []
-            if run.step % plan.heldout_every == 0 or run.step == plan.steps:
-                model.eval()
-                with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
-                    line["heldout"] = heldout_accuracy(model, tokenizer, pictures[last], labels[last])
-            run.seconds = before + time.perf_counter() - began
-            line |= {"rate": plan.rate(run.step - 1), "seconds": round(run.seconds, 1)}
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        now = time.perf_counter()
-        out_of_time = now - began > hours * 3600 or run.step - first == stop_after
-        if now - saved > checkpoint_minutes * 60 or out_of_time or run.step == plan.steps:
-            run.seconds = before + now - began
-            save(run, checkpoint)
-            saved = now
-        if out_of_time:
-            break
-    model.eval()
-    return run
+    def measure() -> dict[str, Any]:
+        return {"heldout": heldout_accuracy(model, tokenizer, pictures[last], labels[last])}
+
+    return follow(
+        Run(model, Optimizers(model, plan)), loss_of, measure, output, plan,
+        hours=hours, stop_after=stop_after, checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
 
 
 def export(

@@ -16,16 +16,16 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedModel
 
@@ -63,24 +63,46 @@ MODELS: dict[str, PreTrainedConfig] = {
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a model is trained.
+class Schedule:
+    """How any model is trained.
 
     Args:
         steps: planned; the learning rate comes down to nothing at the last.
-        batch_size: sequences a step.
-        learning_rate: at the end of the warm-up.
+        batch_size: examples a step.
+        learning_rate: after the warm-up.
         warmup: steps in which the learning rate rises.
-        weight_decay: of the matrices; gains of the norms have none.
+        weight_decay: of the matrices; vectors have none.
         report_every: steps between lines of the log.
-        heldout_every: steps between held-out losses, a multiple of `report_every`.
-        heldout_sequences: how many the held-out loss of the log is taken on.
+        heldout_every: steps between held-out measurements, a multiple of `report_every`.
         autocast: matrix products in bfloat16, everything else in float32.
         compile: with torch.compile; needs a C++ compiler.
-        seed: of the weights and of the order of the data.
+        seed: of the weights and of all that is drawn.
     """
 
     steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int
+    weight_decay: float
+    report_every: int
+    heldout_every: int
+    autocast: bool = True
+    compile: bool = True
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Plan(Schedule):
+    """How a language model is trained.
+
+    Args:
+        heldout_sequences: how many the held-out loss of the log is taken on.
+    """
+
     batch_size: int = 16
     learning_rate: float = 2.5e-3
     warmup: int = 200
@@ -88,9 +110,6 @@ class Plan:
     report_every: int = 20
     heldout_every: int = 200
     heldout_sequences: int = 64
-    autocast: bool = True
-    compile: bool = True
-    seed: int = 0
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0: a straight rise, then half a cosine."""
@@ -120,11 +139,23 @@ def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
 
 
-def make_optimizer(model: PreTrainedModel, plan: Plan) -> torch.optim.AdamW:
+class Optimizer(Protocol):
+    """What is needed of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def step(self) -> Any: ...
+
+    def zero_grad(self) -> None: ...
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], plan: Schedule) -> torch.optim.AdamW:
     """AdamW that decays matrices only."""
+    parameters = list(parameters)
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": plan.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": plan.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95), fused=True)
 
@@ -134,7 +165,7 @@ class Run:
     """A training in progress: what a checkpoint holds."""
 
     model: PreTrainedModel
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     step: int = 0
     seconds: float = 0.0
 
@@ -208,19 +239,80 @@ def text_loss(outputs: Any, config: PreTrainedConfig) -> float:
     return outputs.loss.item() - (0.0 if router is None else config.router_aux_loss_coef * router.item())
 
 
-def steps(run: Run, forward: Callable[[Tensor], Any], tokens: Tensor, plan: Plan) -> Iterator[tuple[Any, Tensor]]:
-    """Train step after step; yields the model's outputs, the loss among them, and the norm of the gradient."""
+def steps(run: Run, loss_of: Callable[[int], tuple[Tensor, float]], plan: Schedule) -> Iterator[tuple[float, float]]:
+    """Train step after step; yields what is to be reported of the loss, and the norm of the gradient."""
     while run.step < plan.steps:
         run.model.train()
         for group in run.optimizer.param_groups:
             group["lr"] = plan.rate(run.step)
-        outputs = forward(batch(tokens, run.step, plan))
-        outputs.loss.backward()
+        loss, reported = loss_of(run.step)
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.step += 1
-        yield outputs, norm
+        yield reported, norm.item()
+
+
+def follow(
+    run: Run,
+    loss_of: Callable[[int], tuple[Tensor, float]],
+    measure: Callable[[], dict[str, Any]],
+    output: Path,
+    plan: Schedule,
+    *,
+    hours: float,
+    stop_after: int | None,
+    checkpoint_minutes: float,
+) -> Run:
+    """Train from the last checkpoint in a folder, or from the start, and leave a checkpoint and a log there.
+
+    Args:
+        run: at its start.
+        loss_of: of a step, counted from 0: the loss, and what is to be reported of it.
+        measure: what the log says of held-out data, of the model in evaluation mode and in the plan's arithmetic.
+        output: folder of `checkpoint.safetensors` and `log.jsonl`.
+        plan: of the training.
+        hours: stop when this call has taken as long.
+        stop_after: stop after this many steps of this call.
+        checkpoint_minutes: between checkpoints.
+
+    Returns:
+        The run: done if its step is the last of the plan.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = output / "checkpoint.safetensors", output / "log.jsonl"
+    if checkpoint.exists():
+        resume(run, checkpoint)
+    # What was logged after the checkpoint is about to happen again.
+    kept = [line for line in read_log(log) if line["step"] <= run.step]
+    log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    began = saved = time.perf_counter()
+    before, first = run.seconds, run.step
+    losses: list[float] = []
+    for loss, norm in steps(run, loss_of, plan):
+        losses.append(loss)
+        if run.step % plan.report_every == 0 or run.step == plan.steps:
+            line = {"step": run.step, "loss": sum(losses) / len(losses), "gradient_norm": norm}
+            losses = []
+            if run.step % plan.heldout_every == 0 or run.step == plan.steps:
+                run.model.eval()
+                with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
+                    line |= measure()
+            run.seconds = before + time.perf_counter() - began
+            line |= {"rate": plan.rate(run.step - 1), "seconds": round(run.seconds, 1)}
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        now = time.perf_counter()
+        out_of_time = now - began > hours * 3600 or run.step - first == stop_after
+        if now - saved > checkpoint_minutes * 60 or out_of_time or run.step == plan.steps:
+            run.seconds = before + now - began
+            save(run, checkpoint)
+            saved = now
+        if out_of_time:
+            break
+    run.model.eval()
+    return run
 
 
 def train(
@@ -249,41 +341,20 @@ def train(
     Returns:
         The run: done if its step is the last of the plan.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = output / "checkpoint.safetensors", output / "log.jsonl"
     model = build(config, plan.seed)
-    run = Run(model, make_optimizer(model, plan))
-    if checkpoint.exists():
-        resume(run, checkpoint)
-    # What was logged after the checkpoint is about to happen again.
-    kept = [line for line in read_log(log) if line["step"] <= run.step]
-    log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     forward = make_forward(model, plan)
-    began = saved = time.perf_counter()
-    before, first = run.seconds, run.step
-    losses: list[float] = []
-    for outputs, norm in steps(run, forward, tokens, plan):
-        losses.append(text_loss(outputs, config))
-        if run.step % plan.report_every == 0 or run.step == plan.steps:
-            line = {"step": run.step, "loss": sum(losses) / len(losses), "gradient_norm": norm.item()}
-            losses = []
-            if run.step % plan.heldout_every == 0 or run.step == plan.steps:
-                with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
-                    line["heldout_loss"] = mean_loss(model, heldout[: plan.heldout_sequences])
-            run.seconds = before + time.perf_counter() - began
-            line |= {"rate": plan.rate(run.step - 1), "seconds": round(run.seconds, 1)}
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        now = time.perf_counter()
-        out_of_time = now - began > hours * 3600 or run.step - first == stop_after
-        if now - saved > checkpoint_minutes * 60 or out_of_time or run.step == plan.steps:
-            run.seconds = before + now - began
-            save(run, checkpoint)
-            saved = now
-        if out_of_time:
-            break
-    model.eval()
-    return run
+
+    def loss_of(step: int) -> tuple[Tensor, float]:
+        outputs = forward(batch(tokens, step, plan))
+        return outputs.loss, text_loss(outputs, config)
+
+    def measure() -> dict[str, Any]:
+        return {"heldout_loss": mean_loss(model, heldout[: plan.heldout_sequences])}
+
+    return follow(
+        Run(model, make_optimizer(model.parameters(), plan)), loss_of, measure, output, plan,
+        hours=hours, stop_after=stop_after, checkpoint_minutes=checkpoint_minutes,
+    )  # fmt: skip
 
 
 def main() -> None:
