@@ -21,7 +21,9 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-def in_fresh_process(code: str, *arguments: Any, home: Path, without_package: bool = False) -> str:
+def in_fresh_process(
+    code: str, *arguments: Any, home: Path, without_package: bool = False, isolated: bool = False
+) -> str:
     """What code prints in a new interpreter.
 
     Args:
@@ -29,13 +31,15 @@ def in_fresh_process(code: str, *arguments: Any, home: Path, without_package: bo
         arguments: of it.
         home: for what transformers keeps.
         without_package: as on a machine where this package is not installed.
+        isolated: with nothing from the environment or the current folder on the path: packages as they are installed.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home)}
+    code = textwrap.dedent(code)
     if without_package:
         environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-        code = WITHOUT_PACKAGE + textwrap.dedent(code)
+        code = WITHOUT_PACKAGE + code
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        [sys.executable, *["-I"] * isolated, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment,

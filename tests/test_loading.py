@@ -1,29 +1,19 @@
 """Loading: in fresh processes, without the package, and from damaged checkpoints."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
+from functools import partial
 
 import pytest
 import torch
+from fresh import in_fresh_process
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_pgsvd import CalibrationError, PGSVDCompressor, PGSVDConfig, UnsupportedModelError, modeling_pgsvd
 
 
-# Stands for a machine without the package: nothing named optimum_pgsvd can be imported.
-WITHOUT_PACKAGE = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "optimum_pgsvd":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-"""
+fresh_process = partial(in_fresh_process, isolated=True)
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +24,6 @@ def checkpoint(tmp_path_factory, dense, texts):
     model.save_pretrained(folder, max_shard_size="50KB")
     torch.save(model(input_ids=torch.arange(3, 20)[None]).logits, folder / "logits.pt")
     return folder
-
-
-def fresh_process(code: str, *arguments, without_package: bool = False, tmp_path=None, expect: int = 0) -> str:
-    """Run code in a new isolated interpreter and return what it printed."""
-    code = (WITHOUT_PACKAGE if without_package else "") + textwrap.dedent(code)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    if without_package:
-        environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == expect, done.stderr
-    return done.stdout + done.stderr
 
 
 def test_stock_pipeline_in_a_fresh_process_without_importing_the_package(checkpoint, tmp_path):
@@ -63,7 +40,7 @@ def test_stock_pipeline_in_a_fresh_process_without_importing_the_package(checkpo
         print("generated:", generator("once upon", max_new_tokens=4)[0]["generated_text"])
         """,
         checkpoint,
-        tmp_path=tmp_path,
+        home=tmp_path,
     )
     assert "generated: " in printed
     assert "LOAD REPORT" not in printed
@@ -87,7 +64,7 @@ def test_every_dtype_is_bit_equal_in_a_fresh_process(dense, texts, tmp_path):
                 assert torch.equal(logits, torch.load(folder + "/logits.pt"))
             print(logits.dtype)
         """
-    printed = fresh_process(code, tmp_path / "torch.bfloat16", tmp_path / "torch.float16", tmp_path=tmp_path)
+    printed = fresh_process(code, tmp_path / "torch.bfloat16", tmp_path / "torch.float16", home=tmp_path)
     assert "torch.bfloat16\n" in printed
     assert "torch.float16\n" in printed
 
@@ -123,13 +100,13 @@ def test_importing_order_does_not_matter(checkpoint, tmp_path):
         import transformers.modeling_utils
         print(AUTO_QUANTIZER_MAPPING["pgsvd"].__name__)
         """
-        assert "PGSVDQuantizer" in fresh_process(code, tmp_path=tmp_path)
+        assert "PGSVDQuantizer" in fresh_process(code, home=tmp_path)
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers(tmp_path):
     fresh_process(
         "import sys, optimum_pgsvd; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)",
-        tmp_path=tmp_path,
+        home=tmp_path,
     )
 
 
@@ -144,7 +121,7 @@ def test_the_autoload_switch_turns_the_entry_point_off(tmp_path):
         from optimum_pgsvd import PGSVDConfig
         assert "pgsvd" in AUTO_QUANTIZER_MAPPING
         """
-    fresh_process(code, tmp_path=tmp_path)
+    fresh_process(code, home=tmp_path)
 
 
 @pytest.fixture(params=["checkpoint", "pivoted"])
@@ -165,7 +142,7 @@ def test_without_the_package_loading_fails_loudly(either, tmp_path):
             else:
                 sys.exit("loaded random weights")
         """
-    assert fresh_process(code, either, without_package=True, tmp_path=tmp_path).count("refused:") == 2
+    assert fresh_process(code, either, without_package=True, home=tmp_path).count("refused:") == 2
 
 
 def test_self_contained_checkpoint_needs_trust_remote_code_alone(either, tmp_path):
@@ -188,7 +165,7 @@ def test_self_contained_checkpoint_needs_trust_remote_code_alone(either, tmp_pat
         print("same")
         """
     again = tmp_path / "again"
-    assert "same" in fresh_process(code, either, again, without_package=True, tmp_path=tmp_path)
+    assert "same" in fresh_process(code, either, again, without_package=True, home=tmp_path)
     config = json.loads((again / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_pgsvd.LlamaForCausalLM"

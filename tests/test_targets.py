@@ -25,6 +25,14 @@ LLAMA_SKIPPED = {EMBEDDING: ["model.embed_tokens"], HEAD: ["lm_head"]}
 LLAMA_ATTENTION = LLAMA[:1]
 ATTENTION = "{q_proj,k_proj,v_proj,out_proj}"
 MIXTURE_SKIPPED = {**LLAMA_SKIPPED, ROUTER: ["model.layers.{0,1}.mlp.gate"], FUSED: ["model.layers.{0,1}.mlp.experts"]}
+TWO_TOWERS = [
+    f"{{text,vision}}_model.encoder.layers.{{0,1}}.self_attn.{ATTENTION}",
+    "{text,vision}_model.encoder.layers.{0,1}.mlp.{fc1,fc2}",
+]
+TOWERS_EMBEDDED = [
+    "text_model.embeddings.{token,position}_embedding",
+    "vision_model.embeddings.position_embedding",
+]
 SPEECH_OR_TEXT = [
     f"model.{{encoder,decoder}}.layers.{{0,1}}.self_attn.{ATTENTION}",
     f"model.decoder.layers.{{0,1}}.encoder_attn.{ATTENTION}",
@@ -106,15 +114,9 @@ EXPECTED: dict[str, tuple[str, list[str], dict[str, list[str]]]] = {
     ),
     "clip": (
         "{text,vision}_model.encoder.layers.{0,1}",
-        [
-            f"{{text,vision}}_model.encoder.layers.{{0,1}}.self_attn.{ATTENTION}",
-            "{text,vision}_model.encoder.layers.{0,1}.mlp.{fc1,fc2}",
-        ],
+        TWO_TOWERS,
         {
-            EMBEDDING: [
-                "text_model.embeddings.{token,position}_embedding",
-                "vision_model.embeddings.position_embedding",
-            ],
+            EMBEDDING: TOWERS_EMBEDDED,
             OUTSIDE: ["{text,visual}_projection"],
         },
     ),
@@ -172,15 +174,9 @@ EXPECTED: dict[str, tuple[str, list[str], dict[str, list[str]]]] = {
     ),
     "siglip": (
         "{text,vision}_model.encoder.layers.{0,1}",
-        [
-            f"{{text,vision}}_model.encoder.layers.{{0,1}}.self_attn.{ATTENTION}",
-            "{text,vision}_model.encoder.layers.{0,1}.mlp.{fc1,fc2}",
-        ],
+        TWO_TOWERS,
         {
-            EMBEDDING: [
-                "text_model.embeddings.{token,position}_embedding",
-                "vision_model.embeddings.position_embedding",
-            ],
+            EMBEDDING: TOWERS_EMBEDDED,
             OUTSIDE: ["text_model.head", "vision_model.head.mlp.{fc1,fc2}"],
             "inside nn.MultiheadAttention": ["vision_model.head.attention.out_proj"],
         },
