@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import PGSVDConfig
 from ..errors import CalibrationError
 from .media import Media
-from .processing import load_processor, processed
+from .processing import IGNORED, load_processor, processed
 from .sampling import sample_from_model
 from .sources import read_source
 
@@ -159,9 +159,9 @@ def complete(model: Any, batch: Batch) -> Batch:
         return batch
     if "labels" not in batch and "decoder_input_ids" not in batch:
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        batch["labels"] = batch["input_ids"].masked_fill(~mask, -100)
-    if "labels" in batch and "decoder_attention_mask" not in batch and (batch["labels"] == -100).any():
-        batch["decoder_attention_mask"] = (batch["labels"] != -100).long()
+        batch["labels"] = batch["input_ids"].masked_fill(~mask, IGNORED)
+    if "labels" in batch and "decoder_attention_mask" not in batch and (batch["labels"] == IGNORED).any():
+        batch["decoder_attention_mask"] = (batch["labels"] != IGNORED).long()
     return batch
 
 

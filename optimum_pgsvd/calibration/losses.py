@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from .data import is_causal
 from .forward import evaluating, forward
+from .processing import IGNORED
 
 
 Batch = Mapping[str, Any]
-
-# Labels that a loss does not count.
-IGNORED = -100
 
 
 @torch.no_grad()
