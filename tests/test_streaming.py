@@ -382,13 +382,16 @@ MEMORY = Path(__file__).parent / "streamed_memory.py"
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_memory_is_bounded_by_a_block_and_does_not_grow_with_depth(tmp_path):
     command = [sys.executable, str(MEMORY), str(tmp_path)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    # The order of sets moves what malloc keeps of small pieces by some MiB.
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     block, head, peak, model = (found[key] for key in ("block", "head", "peak", "model"))
     assert model["8"] > 9 * block
-    # The last block and the head are in memory together; activations, tables and freed pieces took 17 MiB.
-    assert peak["8"] < block + head + 28 * 2**20, found
+    # The last block and the head are in memory together, and about a block's size of moments, activations, tables
+    # and freed pieces; one block more would be too much.
+    assert peak["8"] < block + head + 2 * block, found
     assert abs(peak["8"] - peak["3"]) < block / 2, found
 
 

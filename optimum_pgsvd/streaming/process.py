@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from transformers.utils import logging
 
 
-def free_at_once(size: int = 2**20) -> None:
+def free_at_once(size: int = 2**18) -> None:
     """Let the memory of every tensor of this many bytes or more go back to the system when the tensor is freed.
 
     By itself glibc's malloc keeps pieces below 32 MiB, several hundred MiB of them after a few forward passes. The
