@@ -16,20 +16,28 @@ class Registry(Generic[F]):
 
     Args:
         kind: the config field that names them, used in messages.
+        traits: the facts about each that its callers need, as they are unless a function says otherwise.
     """
 
-    def __init__(self, kind: str):
-        self.kind = kind
+    def __init__(self, kind: str, **traits: Any):
+        self.kind, self.traits = kind, traits
         self._functions: dict[str, F] = {}
         self._traits: dict[str, dict[str, Any]] = {}
 
     def register(self, name: str, **traits: Any) -> Callable[[F], F]:
-        """Decorator: make a function known under a name, with facts about it that its callers need."""
+        """Decorator: make a function known under a name, with what is not as usual about it.
+
+        Raises:
+            ValueError: the name is taken, or a trait is none of this registry.
+        """
+        if unknown := traits.keys() - self.traits.keys():
+            known = ", ".join(self.traits) or "none"
+            raise ValueError(f"{self.kind} {name!r} has no trait {', '.join(sorted(unknown))}; known are {known}")
 
         def add(function: F) -> F:
             if name in self._functions:
                 raise ValueError(f"{self.kind} {name!r} is already registered")
-            self._functions[name], self._traits[name] = function, traits
+            self._functions[name], self._traits[name] = function, self.traits | traits
             return function
 
         return add
@@ -48,5 +56,5 @@ class Registry(Generic[F]):
         return self._functions[self.check(name)]
 
     def trait(self, name: str, trait: str) -> Any:
-        """A fact about a registered function, as given when it was registered."""
+        """A fact about a registered function."""
         return self._traits[self.check(name)][trait]

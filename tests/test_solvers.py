@@ -350,16 +350,19 @@ def test_an_unknown_solver_lists_the_known_ones():
 
 
 def test_a_registry_holds_each_name_once():
-    colours: Registry = Registry("colour")
+    colours: Registry = Registry("colour", warm=False, loud=False)
 
     @colours.register("red", warm=True)
     def red() -> str:
         return "red"
 
     assert colours["red"]() == "red"
-    assert colours.trait("red", "warm")
+    assert colours.trait("red", "warm") is True
+    assert colours.trait("red", "loud") is False
     assert colours.check("red") == "red"
     with pytest.raises(ValueError, match="colour 'red' is already registered"):
-        colours.register("red", warm=False)(lambda: "other")
+        colours.register("red")(lambda: "other")
+    with pytest.raises(ValueError, match="colour 'blue' has no trait cold; known are warm, loud"):
+        colours.register("blue", cold=True)
     assert colours["red"]() == "red"
     assert colours.names() == ["red"]

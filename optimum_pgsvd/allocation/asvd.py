@@ -11,7 +11,7 @@ from .registry import ALLOCATIONS
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-@ALLOCATIONS.register("asvd", profile="losses", takes_tolerance=False, searches="ranks", shares=SHARES)
+@ALLOCATIONS.register("asvd", profile="losses", searches="ranks", shares=SHARES)
 def asvd(
     shapes: Mapping[str, LinearShape],
     profiles: Mapping[str, Mapping[int, float]],

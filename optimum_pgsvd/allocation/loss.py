@@ -12,7 +12,7 @@ from .registry import ALLOCATIONS
 MOST = 1 - 1e-12
 
 
-@ALLOCATIONS.register("loss", profile="loss", takes_tolerance=False, searches=None, shares=None)
+@ALLOCATIONS.register("loss", profile="loss")
 def loss(
     shapes: Mapping[str, LinearShape], profiles: Mapping[str, SVDProfile], budget: Budget, rank_multiple: int
 ) -> RankPlan:

@@ -7,8 +7,8 @@ from .ladder import Ladder, climb
 from .registry import ALLOCATIONS
 
 
-@ALLOCATIONS.register("pareto", profile="weights", takes_tolerance=True, searches=None, shares=None)
-@ALLOCATIONS.register("pareto_outputs", profile="outputs", takes_tolerance=True, searches=None, shares=None)
+@ALLOCATIONS.register("pareto", profile="weights", takes_tolerance=True)
+@ALLOCATIONS.register("pareto_outputs", profile="outputs", takes_tolerance=True)
 def pareto(
     shapes: Mapping[str, LinearShape], profiles: Mapping[str, SVDProfile], budget: Budget, rank_multiple: int
 ) -> RankPlan:

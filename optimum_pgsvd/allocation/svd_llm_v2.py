@@ -13,7 +13,7 @@ from .registry import ALLOCATIONS
 LEAST_LOSS = 1e-6
 
 
-@ALLOCATIONS.register("svd_llm_v2", profile="outputs", takes_tolerance=False, searches=None, shares=None)
+@ALLOCATIONS.register("svd_llm_v2", profile="outputs")
 def svd_llm_v2(
     shapes: Mapping[str, LinearShape], profiles: Mapping[str, SVDProfile], budget: Budget, rank_multiple: int
 ) -> RankPlan:

@@ -8,9 +8,7 @@ from .pareto import pareto
 from .registry import ALLOCATIONS
 
 
-@ALLOCATIONS.register(
-    "towers", profile="weights", takes_tolerance=True, searches="a tolerance for each tower", shares=None
-)
+@ALLOCATIONS.register("towers", profile="weights", takes_tolerance=True, searches="a tolerance for each tower")
 def towers(
     shapes: Mapping[str, LinearShape], profiles: Mapping[str, SVDProfile], budget: Budget, rank_multiple: int
 ) -> RankPlan:

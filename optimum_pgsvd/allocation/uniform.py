@@ -7,7 +7,7 @@ from .ladder import Ladder, climb, given_reduction
 from .registry import ALLOCATIONS
 
 
-@ALLOCATIONS.register("uniform", profile=None, takes_tolerance=False, searches=None, shares=None)
+@ALLOCATIONS.register("uniform")
 def uniform(
     shapes: Mapping[str, LinearShape], profiles: Mapping[str, SVDProfile], budget: Budget, rank_multiple: int
 ) -> RankPlan:

@@ -7,7 +7,7 @@ from ..structures import LowRankFactors
 from .registry import SOLVERS
 
 
-@SOLVERS.register("als", needs="gram", inverts=False, takes_outputs=False, nested=False, takes_curvature=False)
+@SOLVERS.register("als", needs="gram")
 def als(weight: Tensor, gram: Tensor, rank: int, num_iterations: int) -> LowRankFactors:
     """Alternating least squares from the truncated SVD.
 

@@ -11,7 +11,7 @@ from .registry import SOLVERS
 ALPHA = 0.5
 
 
-@SOLVERS.register("asvd", needs="magnitudes", inverts=False, takes_outputs=False, nested=True, takes_curvature=False)
+@SOLVERS.register("asvd", needs="magnitudes", nested=True)
 def asvd(weight: Tensor, magnitudes: Tensor, rank: int, num_iterations: int) -> LowRankFactors:
     """Truncated SVD of the weight with each input feature scaled by how large it is.
 

@@ -7,7 +7,7 @@ from ..structures import LowRankFactors, Moments
 from .registry import SOLVERS
 
 
-@SOLVERS.register("eigh", needs="gram", inverts=False, takes_outputs=True, nested=True, takes_curvature=True)
+@SOLVERS.register("eigh", needs="gram", takes_outputs=True, nested=True, takes_curvature=True)
 def eigh(weight: Tensor, gram: Tensor, rank: int, num_iterations: int) -> LowRankFactors:
     """Global optimum of the objective that ALS iterates on, from one eigendecomposition.
 

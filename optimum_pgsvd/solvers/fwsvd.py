@@ -7,7 +7,7 @@ from ..structures import LowRankFactors
 from .registry import SOLVERS
 
 
-@SOLVERS.register("fwsvd", needs="gradients", inverts=False, takes_outputs=False, nested=True, takes_curvature=False)
+@SOLVERS.register("fwsvd", needs="gradients", nested=True)
 def fwsvd(weight: Tensor, energies: Tensor, rank: int, num_iterations: int) -> LowRankFactors:
     """Truncated SVD of the weight with each input feature scaled by how much the loss depends on its weights.
 

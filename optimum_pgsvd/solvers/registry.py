@@ -16,4 +16,9 @@ class Solver(Protocol):
         ...
 
 
-SOLVERS: Registry[Solver] = Registry("solver")
+# needs: what it has to know beside the weight ("gram", "gradients", "magnitudes" or nothing); inverts: it fails on a
+# singular Gram matrix; takes_outputs: it can be given the Gram matrix of the outputs in place of that of the inputs;
+# nested: its factors of a lower rank are the first of those of a higher; takes_curvature: it can weigh the outputs.
+SOLVERS: Registry[Solver] = Registry(
+    "solver", needs=None, inverts=False, takes_outputs=False, nested=False, takes_curvature=False
+)

@@ -7,7 +7,7 @@ from ..structures import LowRankFactors
 from .registry import SOLVERS
 
 
-@SOLVERS.register("svd", needs=None, inverts=False, takes_outputs=False, nested=True, takes_curvature=False)
+@SOLVERS.register("svd", nested=True)
 def svd(weight: Tensor, gram: Tensor | None, rank: int, num_iterations: int) -> LowRankFactors:
     """Truncated SVD of the weight alone.
 

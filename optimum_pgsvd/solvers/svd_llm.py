@@ -7,7 +7,7 @@ from ..structures import LowRankFactors
 from .registry import SOLVERS
 
 
-@SOLVERS.register("svd_llm", needs="gram", inverts=True, takes_outputs=False, nested=True, takes_curvature=False)
+@SOLVERS.register("svd_llm", needs="gram", inverts=True, nested=True)
 def svd_llm(weight: Tensor, gram: Tensor, rank: int, num_iterations: int) -> LowRankFactors:
     """Truncated SVD of the weight behind whitened inputs: what `eigh` finds, where the Gram matrix has an inverse.
 
