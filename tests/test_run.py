@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -255,6 +256,34 @@ def test_what_is_ones_own_needs_a_folder_of_its_own(field, capsys):
     with pytest.raises(SystemExit):
         main(["perplexity", f"--{field}", "mine"])
     assert f"--{field} needs --result" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["clip", "--calibration", "mine"], "--calibration: clip has no use for it; what it takes is --model"),
+        (["speed", "--evaluation", "mine"], "--evaluation: speed has no use for it; what it takes is --model, --cal"),
+        (["perplexity", "--tasks", "mine"], "--tasks: perplexity has no use for it; .* --model, .*, --evaluation"),
+        (["blimp", "--evaluation", "mine"], "--evaluation: blimp has no use for it; .* --model, .*, --tasks"),
+        (["perplexity", "--model", "mine"], "--model takes the place of one model: name it by --models, one of babyl"),
+        (["blimp", "--model", "m", "--models", "demo", "llama-8m"], "by --models, one of llama-8m, demo"),
+    ],
+)
+def test_what_is_ones_own_is_used_or_refused(arguments, message, tmp_path):
+    from run import main
+
+    with pytest.raises(SystemExit, match=message):
+        main([*arguments, "--result", str(tmp_path)])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_missing_harness_is_told_before_anything_is_read(monkeypatch):
+    from grid import Unavailable
+    from kinds.language_model import load
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(Unavailable, match="accuracy needs lm_eval, as `pip install optimum-pgsvd"):
+        load({}, {"measures": ["perplexity", "accuracy"]})
 
 
 def local_tasks(folder, words):
