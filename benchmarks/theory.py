@@ -5,8 +5,8 @@
     python benchmarks/theory.py --tables                           # only write the tables from the JSON
 
 One cell is one model, with what `optimum-cli pgsvd profile | sweep | bound | convergence` gives for it, less what is
-listed layer by layer. Calibrated on 32 768 tokens; perplexity is of as many held-out ones. Theorem 1 and what ranks
-its sensitivities give are measured on 8 192 tokens.
+listed layer by layer. Calibrated on 32 768 tokens at most; perplexity is of as many held-out ones. Theorem 1 and what
+ranks its sensitivities give are measured on 8 192 tokens.
 """
 
 from __future__ import annotations

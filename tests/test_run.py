@@ -374,6 +374,17 @@ def test_a_table_has_means_and_half_the_range():
     ]
 
 
+def test_who_is_calibrated_on_more_is_named():
+    from documents import calibrated_on
+
+    rows = [("svd", 0), ("als", 512), ("pgsvd", 512), ("pgsvd_self", 1024), ("pgsvd_self", 1024), ("dense", None)]
+    results = [
+        {"method": method, **({} if tokens is None else {"calibration_tokens": tokens})} for method, tokens in rows
+    ]
+    assert calibrated_on(results[-1:]) == "nothing calibrated"
+    assert calibrated_on(results) == "calibrated on 512; PGSVD, text sampled from the model on 1,024"
+
+
 def test_verdicts_are_counted():
     from claims import verdict
 
