@@ -27,7 +27,7 @@ from ..linalg import inner_products_by_rank
 from ..planning import check_budgets, dense_weight
 from ..structures import RankPlan
 from .gradients import Gradients, measure_gradients
-from .results import origin
+from .results import origin, warn_of
 from .sensitivities import Allocated, Sensitivities, allocated, sensitivities_of
 from .theorem import Bound, LayerBound
 from .trials import Trials
@@ -113,12 +113,14 @@ def bound_model(
             layers = {name: model.get_submodule(name) for name in targets.names}
             gradients = measure_gradients(model, layers, calibration.batches)
         ordered = ordered_factors(model, targets, config, calibration, ["pareto_outputs"], clock)
+        warn_of(ordered)
         trials = Trials(model, ordered, calibration.batches, evaluation)
         found = sensitivities_of(model, ordered, gradients)
         with clock("losses"):
             bounds = bounds_at(trials, gradients, reductions, alone)
             others = [allocated(trials, found, reduction) for reduction in reductions]
-    return Bounds(trials.base, bounds, found, tuple(others), clock.seconds, origin(model, config))
+    source = origin(model, config, ordered.notes)
+    return Bounds(trials.base, bounds, found, tuple(others), clock.seconds, source)
 
 
 def bounds_at(trials: Trials, gradients: Gradients, reductions: Sequence[float], alone: bool) -> tuple[Bound, ...]:

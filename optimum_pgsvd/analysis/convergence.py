@@ -15,7 +15,7 @@ from ..errors import CalibrationError
 from ..factoring import calibration_of, found_targets, keep_moments, plan_at, request_at
 from ..linalg import alternating_least_squares, output_projection, relative_activation_error
 from ..planning import dense_weight
-from .results import origin
+from .results import origin, warn_of
 from .theorem import NOISE
 
 
@@ -114,6 +114,7 @@ def converge_model(
     with found_targets(model, request) as targets:
         kept = keep_moments(model, targets, request, calibration_of(model, targets, request, tokenizer))
         assert kept.moments is not None
+        warn_of(kept)
         plan = plan_at(model, kept, request)
         for target in targets.found:
             if target.name in plan.ranks:
@@ -125,7 +126,7 @@ def converge_model(
             f"ALS has nothing to converge to: the plan factors {len(plan.ranks)} layers, and their ranks leave no "
             "error; remove more parameters, or give more data"
         )
-    return Convergence(tuple(layers), tuple(exact), origin(model, request))
+    return Convergence(tuple(layers), tuple(exact), origin(model, request, kept.notes))
 
 
 def converge(name: str, weight: Tensor, gram: Tensor, rank: int, sweeps: int) -> LayerConvergence:

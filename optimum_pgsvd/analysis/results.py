@@ -13,11 +13,13 @@ from transformers import PreTrainedModel
 from ..checkpoint import make_folder
 from ..config import PGSVDConfig, describe
 from ..errors import CheckpointError
+from ..factoring import Once
+from ..logs import warn
 from ..report import ModelSize, environment
 
 
-def origin(model: PreTrainedModel, config: PGSVDConfig) -> dict[str, Any]:
-    """The model, the request and the versions of a result, as JSON can hold them."""
+def origin(model: PreTrainedModel, config: PGSVDConfig, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The model, the request, what is to be known of the data and the versions of a result, as JSON can hold them."""
     return {
         "model": {
             "name": describe(getattr(model, "name_or_path", None) or None),
@@ -25,8 +27,15 @@ def origin(model: PreTrainedModel, config: PGSVDConfig) -> dict[str, Any]:
             "parameters": ModelSize.of(model).parameters,
         },
         "config": config.to_dict(),
+        "notes": list(notes),
         "environment": environment(),
     }
+
+
+def warn_of(once: Once) -> None:
+    """Say what is to be known of the data that a result will rest on, before more is made of it."""
+    for note in once.notes:
+        warn(note)
 
 
 def free_files(folder: str | os.PathLike, names: Sequence[str], overwrite: bool) -> list[str]:

@@ -35,7 +35,7 @@ from ..report import ModelSize
 from ..solvers import SOLVERS
 from ..structures import Budget, LayerPlan, RankPlan
 from ..targets import Targets
-from .results import origin
+from .results import origin, warn_of
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,13 @@ def sweep_model(
         with clock("data"):
             calibration = calibration_of(model, targets, config, tokenizer)
         once = measured_once(model, targets, config, calibration, allocations, clock)
+        warn_of(once)
         plans = [dense_plan(once), *planned(model, once, allocations, reductions, tolerances)]
         for name, asked, plan in logging.tqdm(plans, desc="Sweeping", unit="point", disable=None):
             with clock("points"), at_plan(model, once, plan) as errors:
                 loss = mean_loss(model, evaluation) if evaluation else None
             points.append(point_of(model, once, plan, name, asked, errors, loss))
-    return Sweep(points[0], tuple(points[1:]), len(targets.found), clock.seconds, origin(model, config))
+    return Sweep(points[0], tuple(points[1:]), len(targets.found), clock.seconds, origin(model, config, once.notes))
 
 
 def check_budgets_of(

@@ -33,7 +33,8 @@ def forward(model: nn.Module, batch: Mapping[str, Any], number: int, whole: bool
         CalibrationError: the model does not accept the batch.
     """
     inputs = on_device(batch, model)
-    if not whole and "logits_to_keep" in inspect.signature(model.forward).parameters:
+    spared = not whole and inputs.get("labels") is None  # labels ask for a loss, and may be inputs besides
+    if spared and "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs.setdefault("logits_to_keep", 1)
     try:
         return model(**inputs)

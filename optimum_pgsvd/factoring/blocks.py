@@ -18,7 +18,7 @@ from ..report import CompressionReport, LayerReport, ModelSize, environment, pea
 from ..storing import empty_factors
 from ..structures import LowRankFactors, StoredFactors
 from .job import Job
-from .layer import dense_bias, factor_layer, rank_to_solve
+from .layer import coverage_notes, dense_bias, factor_layer, rank_to_solve
 from .measuring import measured, read
 from .refining import refine
 
@@ -59,7 +59,10 @@ def factor(job: Job) -> tuple[list[LayerReport], list[str]]:
                 progress.update()
                 progress.set_postfix_str(pace(job, reports, passed / total))
         progress.update(total - passed)  # blocks that the calibration set does not run
-    return list(reports.values()), notes_on_coverage(job, reports)
+    notes = coverage_notes(job.config, job.factored, {name: layer.tokens for name, layer in reports.items()})
+    for note in notes:
+        warn(note)
+    return list(reports.values()), notes
 
 
 def in_order(job: Job, block: str | None, layers: Sequence[LayerReport]) -> list[LayerReport]:
@@ -121,21 +124,6 @@ def pace(job: Job, reports: Mapping[str, LayerReport], part: float) -> str:
     tokens, seconds = max(layer.tokens for layer in reports.values()), job.clock.seconds.get("grams")
     speed = f"{tokens * part / seconds:,.0f} tokens/s, " if seconds else ""
     return f"{speed}peak {peak_memory() / 2**30:.2f} GiB"
-
-
-def notes_on_coverage(job: Job, reports: Mapping[str, LayerReport]) -> list[str]:
-    """A note, also given as a warning, where the calibration set is thin."""
-    thin = [target for target in job.factored if reports[target.name].tokens < target.shape.in_features]
-    if not thin or not job.config.needs_dataset:
-        return []
-    note = (
-        f"{len(thin)} layers saw fewer calibration tokens than they have input features "
-        f"({min(reports[target.name].tokens for target in thin)} tokens, "
-        f"{max(target.shape.in_features for target in thin)} features): their factors fit only what they saw; raise "
-        "num_samples or sequence_length, or give more data"
-    )
-    warn(note)
-    return [note]
 
 
 def report_on(

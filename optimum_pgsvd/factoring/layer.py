@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..report import LayerReport
 from ..solvers import SOLVERS, eigh_of_loss, eigh_of_outputs
 from ..storing import activation_error, constant_part, stored, with_bias
 from ..structures import LinearShape, LowRankFactors, Moments, StoredFactors
+from ..targets import Target
 from .job import Job
 
 
@@ -118,6 +119,19 @@ def errors(
         return relative_errors(weight, kept.left, kept.right, moments.gram, constant)
     weight_error = relative_weight_error(weight, kept.left, kept.right)
     return weight_error, None if moments is None else activation_error(goal, solved, kept, moments, constant)
+
+
+def coverage_notes(config: PGSVDConfig, targets: Iterable[Target], tokens: Mapping[str, int]) -> list[str]:
+    """A note where the calibration set is thin, given the tokens that each layer saw."""
+    thin = [target for target in targets if tokens.get(target.name, 0) < target.shape.in_features]
+    if not thin or not config.needs_dataset:
+        return []
+    return [
+        f"{len(thin)} layers saw fewer calibration tokens than they have input features "
+        f"({min(tokens.get(target.name, 0) for target in thin)} tokens, "
+        f"{max(target.shape.in_features for target in thin)} features): their factors fit only what they saw; raise "
+        "num_samples or sequence_length, or give more data"
+    ]
 
 
 def check_reached(recorder: Recorder, names: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from ..solvers import SOLVERS
 from ..structures import LayerPlan, LowRankFactors, RankPlan, SVDProfile
 from ..targets import Target, Targets
 from .job import Clock, InPlace, Job, MomentsMade, everything
-from .layer import Recorder, check_reached, solve_measured
+from .layer import Recorder, check_reached, coverage_notes, solve_measured
 from .measuring import measured, read
 from .profiles import loss_profile, output_profile
 from .request import Calibration, refuse_absent_weights
@@ -37,11 +37,13 @@ class Once:
         targets: of which.
         profiles: by what they are of, `"weights"` and where allocations want them `"outputs"` and `"loss"`, and by
             layer.
+        notes: of a calibration set that is thin; whoever makes use of the rest is to be told.
     """
 
     config: PGSVDConfig
     targets: Targets
     profiles: Mapping[str, Mapping[str, SVDProfile]]
+    notes: Sequence[str] = field(default=(), kw_only=True)
 
     def profiles_for(self, request: PGSVDConfig) -> Mapping[str, SVDProfile]:
         """The profiles that a request chooses ranks by.
@@ -153,9 +155,9 @@ def ordered_factors(
             factors[target.name], seen = leading_factors(job, target, recorder)
             activations.update({target.name: seen} if seen else {})
 
-    job, profiles = walk_once(model, targets, config, calibration, allocations, clock, visit)
+    _, profiles, notes = walk_once(model, targets, config, calibration, allocations, clock, visit)
     held = {name: factors[name] for name in targets.names if name in factors}
-    return Ordered(config, targets, profiles, held, activations)
+    return Ordered(config, targets, profiles, held, activations, notes=notes)
 
 
 def keep_moments(
@@ -190,9 +192,9 @@ def keep_moments(
         if isinstance(recorder, GramRecorder) and recorder not in moments.recorders:
             moments.recorders.append(recorder)
 
-    job, profiles = walk_once(model, targets, config, calibration, allocations, clock, visit)
+    job, profiles, notes = walk_once(model, targets, config, calibration, allocations, clock, visit)
     found: MomentsMade | None = moments if calibration.batches else calibration.measurements
-    return Kept(config, targets, profiles, found, job.gradients)
+    return Kept(config, targets, profiles, found, job.gradients, notes=notes)
 
 
 def walk_once(
@@ -203,8 +205,12 @@ def walk_once(
     allocations: Sequence[str],
     clock: Clock | None,
     visit: Callable[[Job, Target, Recorder | None], None],
-) -> tuple[Job, dict[str, dict[str, SVDProfile]]]:
-    """Measure what allocations want of every target, and let each be visited with what was measured of it."""
+) -> tuple[Job, dict[str, dict[str, SVDProfile]], list[str]]:
+    """Measure what allocations want of every target, and let each be visited with what was measured of it.
+
+    Returns:
+        What was done, the profiles by kind and layer, and `coverage_notes`.
+    """
     refuse_absent_weights(model)
     clock = clock or Clock()
     kinds = wanted(config, allocations)
@@ -225,16 +231,19 @@ def walk_once(
         clock, InPlace(), measurements=calibration.measurements,
         gradients=curvature if config.objective == "loss" else energies,
     )  # fmt: skip
+    tokens: dict[str, int] = {}
     for step in measured(job) if job.batches else read(job):
         with clock("factors"):
             for target in of_step(job, step):
+                tokens[target.name] = step.recorder.tokens[target.name] if step.recorder else 0
                 if "outputs" in kinds:
                     profiles["outputs"][target.name] = output_profile(job, step, target)
                 if "loss" in kinds:
                     profiles["loss"][target.name] = loss_profile(job, step, target, curvature)
                 visit(job, target, step.recorder)
         step.release()
-    return job, {kind: {name: found[name] for name in targets.names} for kind, found in profiles.items()}
+    in_order = {kind: {name: found[name] for name in targets.names} for kind, found in profiles.items()}
+    return job, in_order, coverage_notes(config, job.factored, tokens)
 
 
 def wanted(config: PGSVDConfig, allocations: Sequence[str]) -> dict[str, PGSVDConfig]:
