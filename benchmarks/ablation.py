@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import perplexity
-from cells import RESULTS, fill, read_cells, table_parser, write_cell
+from cells import RESULTS, check_models, fill, read_cells, table_parser, write_cell
 from perplexity import ROOT, WINDOW, read_jsonl
 
 
@@ -334,13 +334,14 @@ def write_tables() -> None:
     fill("choose", short, ROOT / "README.md")
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = table_parser(__doc__.splitlines()[0], RESULT)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), help="only these")
     parser.add_argument("--reductions", nargs="*", type=float, default=list(REDUCTIONS))
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     if not args.tables:
+        check_models(args.models, cases())
         run(args.models, args.methods, args.reductions, args.seeds, args.result)
     if args.result == RESULT:
         write_tables()

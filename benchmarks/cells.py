@@ -8,7 +8,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +45,16 @@ def table_parser(description: str, result: Path) -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="*", default=[], help="only these")
     parser.add_argument("--result", type=Path, default=result, help="another file, as for a try or several runs")
     return parser
+
+
+def check_models(asked: Iterable[str], there: Iterable[str]) -> None:
+    """Stop where a model is asked for that there is not, here or at all."""
+    known = [*there]
+    if unknown := [name for name in asked if name not in known]:
+        raise SystemExit(
+            f"--models {' '.join(unknown)}: there are {', '.join(known)}; all but the project's own are in the "
+            "folder PGSVD_DATA"
+        )
 
 
 def seconds(function: Callable[[], T], repeats: int = 1) -> tuple[float, T]:

@@ -81,10 +81,19 @@ def perplexity(results: Sequence[Result]) -> str:
     for model in distinct(results, "model"):
         own = order(of(results, model=model))
         tokens = next(result["evaluation_tokens"] for result in own if "failed" not in result)
-        read = max(result.get("calibration_tokens", 0) for result in own)
-        note = f"{tokens:,} evaluation tokens; calibrated on at most {read:,}."
+        note = f"{tokens:,} evaluation tokens; {calibrated_on(own)}."
         parts.append(f"### {grid.models()[model]['label']}\n\n{by_reduction(own, perplexity_of)}\n\n{note}")
     return "\n\n".join(parts)
+
+
+def calibrated_on(results: Sequence[Result]) -> str:
+    """How many tokens methods are calibrated on that use any, and which of them on another number."""
+    read = [(label(result["method"]), tokens) for result in results if (tokens := result.get("calibration_tokens"))]
+    if not read:
+        return "nothing calibrated"
+    usual = statistics.mode(tokens for _, tokens in read)
+    others = [f"{name} on {tokens:,}" for name, tokens in dict.fromkeys(read) if tokens != usual]
+    return "; ".join([f"calibrated on {usual:,}", *others])
 
 
 def short_perplexity(results: Sequence[Result], model: str = "babyllama_tok361") -> str:

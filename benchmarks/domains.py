@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import perplexity
-from cells import RESULTS, fill, read_cells, table_parser, write_cell
+from cells import RESULTS, check_models, fill, read_cells, table_parser, write_cell
 from perplexity import WINDOW, read_jsonl
 
 
@@ -195,6 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=WINDOWS, help="of a calibration set, and of each text")
     args = parser.parse_args(arguments)
     if not args.tables:
+        check_models(args.models, perplexity.cases())
         run(args)
     if args.result == RESULT:
         write_tables()

@@ -25,7 +25,7 @@ from typing import Any
 
 import perplexity
 import torch
-from cells import RESULTS, fill, read_cells, table_parser, write_cell
+from cells import RESULTS, check_models, fill, read_cells, table_parser, write_cell
 from perplexity import WINDOW
 from torch import Tensor, nn
 
@@ -274,6 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES), choices=SCHEMES)
     args = parser.parse_args(arguments)
     if not args.tables:
+        check_models(args.models, perplexity.cases())
         run(args)
     if args.result == RESULT:
         write_tables()

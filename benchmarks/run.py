@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -108,6 +108,20 @@ def check_choice(args: argparse.Namespace) -> None:
         there = dict.fromkeys(getattr(cell, axis) for cell in cells)
         if unknown := [str(value) for value in values or () if value not in there]:
             raise ValueError(f"--{axis}s {' '.join(unknown)}: the cells have {', '.join(map(str, there))}")
+    check_given(cells, args)
+
+
+def check_given(cells: Sequence[Cell], args: argparse.Namespace) -> None:
+    """Raise `ValueError` where what the user gave would not be used, or be used for several models."""
+    for cell in cells:
+        taken = kind_of(cell.kind).given(cell.options)
+        for field in GIVEN:
+            if getattr(args, field) and field not in taken:
+                wanted = ", ".join(f"--{name}" for name in GIVEN if name in taken)
+                raise ValueError(f"--{field}: {cell.grid} has no use for it; what it takes is {wanted}")
+    models = dict.fromkeys(cell.model for cell in cells if not args.model_names or cell.model in args.model_names)
+    if args.model and len(models) > 1:
+        raise ValueError(f"--model takes the place of one model: name it by --models, one of {', '.join(models)}")
 
 
 def run(name: str, args: argparse.Namespace) -> None:

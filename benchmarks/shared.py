@@ -27,7 +27,7 @@ from typing import Any
 
 import perplexity
 import torch
-from cells import RESULTS, fill, read_cells, table_parser, write_cell
+from cells import RESULTS, check_models, fill, read_cells, table_parser, write_cell
 from perplexity import WINDOW
 from quantized import grams
 from torch import Tensor, nn
@@ -331,6 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weightings", nargs="*", default=list(WEIGHTINGS), choices=WEIGHTINGS)
     args = parser.parse_args(arguments)
     if not args.tables:
+        check_models(args.models, perplexity.cases())
         run(args)
     if args.result == RESULT:
         write_tables()

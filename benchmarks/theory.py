@@ -5,8 +5,8 @@
     python benchmarks/theory.py --tables                           # only write the tables from the JSON
 
 One cell is one model, with what `optimum-cli pgsvd profile | sweep | bound | convergence` gives for it, less what is
-listed layer by layer. Calibrated on 32 768 tokens; perplexity is of as many held-out ones. Theorem 1 and what ranks
-its sensitivities give are measured on 8 192 tokens.
+listed layer by layer. Calibrated on 32 768 tokens at most; perplexity is of as many held-out ones. Theorem 1 and what
+ranks its sensitivities give are measured on 8 192 tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import perplexity
 from ablation import REFERENCE
-from cells import RESULTS, fill, read_cells, table_parser, write_cell
+from cells import RESULTS, check_models, fill, read_cells, table_parser, write_cell
 from perplexity import ROOT, WINDOW, read_jsonl
 
 
@@ -199,9 +199,10 @@ TABLES = {
 }  # fmt: skip
 
 
-def main() -> None:
-    arguments = table_parser(__doc__.splitlines()[0], RESULT).parse_args()
+def main(given: list[str] | None = None) -> None:
+    arguments = table_parser(__doc__.splitlines()[0], RESULT).parse_args(given)
     if not arguments.tables:
+        check_models(arguments.models, cases())
         done = {cell["model"] for cell in read_cells(arguments.result)}
         for name, case in cases().items():
             if name not in done and name in (arguments.models or cases()):

@@ -362,7 +362,7 @@ def write_table() -> None:
     fill("clip", table(found), OUTPUT / "README.md")
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -374,10 +374,14 @@ def main() -> None:
     parser.add_argument("--export", action="store_true", help=f"write {OUTPUT.name} from a run that is done")
     parser.add_argument("--note", help="what the account should say about the training beside its numbers")
     parser.add_argument("--tables", action="store_true", help="only write the table of the README")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     if args.tables:
         write_table()
         return
+    if args.run is None or (args.steps is None and not args.export):
+        parser.error("training needs --run FOLDER and --steps N, and --export needs --run FOLDER")
+    if "PGSVD_DATA" not in os.environ:
+        parser.error("PGSVD_DATA is not set: the folder that holds images/cifar10_train.parquet")
     torch.set_num_threads(args.threads)
     pictures, labels = read_pictures(Path(os.environ["PGSVD_DATA"]) / "images" / "cifar10_train.parquet")
     if args.export:

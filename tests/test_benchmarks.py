@@ -1,6 +1,7 @@
 """What the benchmarks stand on: checkpoints made from a seed, and the counts of the cost model."""
 
 import hashlib
+import importlib
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,25 @@ def test_the_cost_model_counts_what_a_model_has():
     assert [len(group) for group in block.groups] == [3, 1, 2, 1]
     assert [by_outputs(group) for group in block.groups] == [False, False, False, True]
     assert shapes.gram_bytes(4) == 4 * (3 * hidden**2 + wide**2)
+
+
+@pytest.mark.parametrize("name", ["ablation", "domains", "quantized", "shared", "theory"])
+def test_a_model_that_there_is_not_is_refused(name, tmp_path):
+    script = importlib.import_module(name)
+    with pytest.raises(SystemExit, match="--models nosuch: there are .*demo.* PGSVD_DATA"):
+        script.main(["--models", "demo", "nosuch", "--result", str(tmp_path / "cells.json")])
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "training needs --run FOLDER and --steps N"), (["--export"], "--export needs --run"),
+     (["--run", "r"], "--steps N"), (["--run", "r", "--steps", "1"], "PGSVD_DATA is not set")],
+)  # fmt: skip
+def test_what_training_a_clip_lacks_is_said(arguments, message, monkeypatch, capsys):
+    from train_clip import main
+
+    monkeypatch.delenv("PGSVD_DATA", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err

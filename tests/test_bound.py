@@ -14,7 +14,7 @@ from models import FAMILIES
 
 from optimum_pgsvd import ConfigError, PGSVDCompressor, PGSVDConfig
 from optimum_pgsvd.analysis import Bounds, bound_model, mean_loss
-from optimum_pgsvd.analysis.theorem import rank_correlation
+from optimum_pgsvd.analysis.theorem import Bound, LayerBound, rank_correlation
 from optimum_pgsvd.factoring import request_at
 from optimum_pgsvd.modeling_pgsvd import low_rank_layers
 
@@ -150,13 +150,25 @@ def test_looseness_and_totals_are_ratios_of_what_is_listed(measured) -> None:
     assert values["sensitivities"]["spread"]["max_over_min"] == pytest.approx(max(alphas) / min(alphas))
 
 
+def test_layers_below_their_bound_are_counted_but_for_rounding() -> None:
+    """One below, one not, and one whose rank leaves nothing of its outputs: there bound and change are rounding."""
+    layers = [
+        LayerBound(name, 3, 0.5, relative * 10, relative, 1.0, 0.0, change)
+        for name, relative, change in (("below", 0.1, -1.5), ("above", 0.1, 0.5), ("exact", 0.0, 3e-6))
+    ]
+    assert Bound(0.2, tuple(layers), -1.0).to_dict()["total"]["layers_where_the_bound_is_below_the_change"] == 1
+
+
 def test_without_layers_alone_only_totals_are_measured(monkeypatch) -> None:
     model, config = FAMILIES["llama"].build(), config_for()
     passes: list[int] = []
     model.model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
     found = bound_model(model, config, [0.3], alone=False)
     assert all(layer.change is None for layer in found.bounds[0].layers)
-    assert found.to_dict()["bounds"][0]["rank_correlation_with_change"] == {}
+    values = found.to_dict()["bounds"][0]
+    assert values["rank_correlation_with_change"] == {}
+    assert values["total"]["sum_of_changes_alone"] is None
+    assert values["total"]["layers_where_the_bound_is_below_the_change"] is None
     # gradients, the walk with its survey, the dense loss, the plan, and eight allocations
     assert len(passes) == 3 + 4 + 3 + 3 + 8 * 3
 

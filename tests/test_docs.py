@@ -68,6 +68,36 @@ def test_the_theory_page_runs(tmp_path, monkeypatch):
     assert "LowRankLinear" not in str(names["model"])
 
 
+def test_the_vision_page_runs(tmp_path, monkeypatch):
+    """Every Python block of the page in order, on a tiny CLIP; and a model compressed by each of its configs."""
+    from models import FAMILIES
+    from processors import clip_processor
+    from test_processing import folder_of
+
+    from optimum_pgsvd import PGSVDCompressor
+    from optimum_pgsvd.modeling_pgsvd import low_rank_layers
+    from optimum_pgsvd.towers import tower_of
+
+    monkeypatch.chdir(tmp_path)
+    FAMILIES["clip"].build().save_pretrained("dense")
+    clip_processor().save_pretrained("dense")
+    folder_of("beside", tmp_path / "pairs")
+    names: dict = {}
+    configs = []
+    for snippet in snippets("docs/vision_language.md"):
+        exec(compile(snippet.replace("openai/clip-vit-base-patch32", "dense"), "vision_language.md", "exec"), names)
+        configs.append(names["config"])
+    loaded = names["CLIPModel"].from_pretrained("out")
+    assert set(low_rank_layers(loaded)) == set(low_rank_layers(names["model"])) != set()
+    assert set(names["towers"]) == {"text_model", "vision_model"}
+    by_hand, searched = [], []
+    for config, found in ((configs[-2], by_hand), (configs[-1], searched)):
+        report = PGSVDCompressor(config).compress(FAMILIES["clip"].build(), tokenizer=clip_processor())
+        found += sorted({(tower_of(names["towers"], layer.name), layer.tolerance) for layer in report.layers})
+    assert by_hand == [("text_model", 0.4), ("vision_model", 0.3)]
+    assert [tower for tower, _ in searched] == ["text_model", "vision_model"]
+
+
 def test_links_and_named_places_exist():
     for document in ("README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))):
         text = (ROOT / document).read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -257,6 +258,34 @@ def test_what_is_ones_own_needs_a_folder_of_its_own(field, capsys):
     assert f"--{field} needs --result" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["clip", "--calibration", "mine"], "--calibration: clip has no use for it; what it takes is --model"),
+        (["speed", "--evaluation", "mine"], "--evaluation: speed has no use for it; what it takes is --model, --cal"),
+        (["perplexity", "--tasks", "mine"], "--tasks: perplexity has no use for it; .* --model, .*, --evaluation"),
+        (["blimp", "--evaluation", "mine"], "--evaluation: blimp has no use for it; .* --model, .*, --tasks"),
+        (["perplexity", "--model", "mine"], "--model takes the place of one model: name it by --models, one of babyl"),
+        (["blimp", "--model", "m", "--models", "demo", "llama-8m"], "by --models, one of llama-8m, demo"),
+    ],
+)
+def test_what_is_ones_own_is_used_or_refused(arguments, message, tmp_path):
+    from run import main
+
+    with pytest.raises(SystemExit, match=message):
+        main([*arguments, "--result", str(tmp_path)])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_missing_harness_is_told_before_anything_is_read(monkeypatch):
+    from grid import Unavailable
+    from kinds.language_model import load
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(Unavailable, match="accuracy needs lm_eval, as `pip install optimum-pgsvd"):
+        load({}, {"measures": ["perplexity", "accuracy"]})
+
+
 def local_tasks(folder, words):
     """A file for each task of ours, with as many questions."""
     (folder / "tasks" / "blimp").mkdir(parents=True)
@@ -345,6 +374,17 @@ def test_a_table_has_means_and_half_the_range():
     ]
 
 
+def test_who_is_calibrated_on_more_is_named():
+    from documents import calibrated_on
+
+    rows = [("svd", 0), ("als", 512), ("pgsvd", 512), ("pgsvd_self", 1024), ("pgsvd_self", 1024), ("dense", None)]
+    results = [
+        {"method": method, **({} if tokens is None else {"calibration_tokens": tokens})} for method, tokens in rows
+    ]
+    assert calibrated_on(results[-1:]) == "nothing calibrated"
+    assert calibrated_on(results) == "calibrated on 512; PGSVD, text sampled from the model on 1,024"
+
+
 def test_verdicts_are_counted():
     from claims import verdict
 
@@ -368,6 +408,56 @@ def test_a_claim_compares_means_over_seeds_by_model_and_reduction(monkeypatch):
     assert "0.900 to 1.100, over 2 models" in text
     assert claims.level_perplexity("pgsvd", "als")[1] == [False, False]
     assert claims.lower_perplexity("pgsvd", "absent") is None
+
+
+def test_a_method_that_fails_is_named_where_it_is_compared_with(monkeypatch):
+    import claims
+
+    rows = [("m", "pgsvd", {"perplexity": 4.0}), ("m", "svd_llm", {"perplexity": 5.0}),
+            ("n", "pgsvd", {"perplexity": 4.0}), ("n", "svd_llm", {"failed": "why"})]  # fmt: skip
+    results = [
+        {"model": model, "method": method, "reduction": 0.2, "seed": 0, **value} for model, method, value in rows
+    ]
+    monkeypatch.setattr(claims, "read_results", lambda name: results)
+    text, held = claims.lower_perplexity("pgsvd", "svd_llm")
+    assert held == [True]
+    assert text.endswith("over 1 models and reductions; SVD-LLM fails on n")
+
+
+def test_the_most_accurate_is_more_accurate_than_the_best_of_the_others(monkeypatch):
+    """Not only than one of them; one that fails is none of them."""
+    import claims
+
+    def result(method, reduction, share):
+        found = (
+            {"failed": "why"} if share is None else {"accuracy": {"a": {"accuracy": share}, "b": {"accuracy": 0.5}}}
+        )
+        return {"model": "m", "method": method, "reduction": reduction, "seed": 0, **found}
+
+    rows = [("dense", 0.0, 0.9), ("pgsvd", 0.2, 0.6), ("als", 0.2, 0.5), ("svd", 0.2, 0.7),
+            ("pgsvd", 0.4, 0.4), ("als", 0.4, 0.2), ("svd", 0.4, None)]  # fmt: skip
+    monkeypatch.setattr(claims, "read_results", lambda name: [result(*row) for row in rows])
+    text, held = claims.highest_scores("accuracy", "pgsvd", ("svd", "als"))
+    assert held == [False, True]
+    assert "m, 20% removed: 55.0 % for 60.0 % of plain SVD, uniform ranks (dense 70.0 %)" in text
+    assert claims.highest_scores("accuracy", "pgsvd", ("absent",)) is None
+
+
+def test_a_search_is_compared_with_the_best_of_the_grid_on_the_grids_seed(monkeypatch):
+    import claims
+
+    rows = [("a", 0.2, 0, 2.0), ("b", 0.2, 0, 1.0), ("a", 0.4, 0, 4.0), ("b", 0.4, 0, 3.0),
+            ("pgsvd_towers", 0.2, 0, 1.5), ("pgsvd_towers", 0.4, 0, 3.0),
+            ("pgsvd_towers", 0.2, 1, 0.1), ("pgsvd_towers", 0.4, 1, 9.0)]  # fmt: skip
+    results = [
+        {"method": method, "reduction": reduction, "seed": seed, "loss": loss,
+         "settings": {} if method == "pgsvd_towers" else {"vision": 1.0}}
+        for method, reduction, seed, loss in rows
+    ]  # fmt: skip
+    monkeypatch.setattr(claims, "read_results", lambda name: results)
+    assert claims.search_beats_grid() == ("20% removed: 1.500 for 1.000; 40% removed: 3.000 for 3.000", [False, True])
+    monkeypatch.setattr(claims, "read_results", lambda name: results[4:])
+    assert claims.search_beats_grid() is None
 
 
 def test_the_documents_are_those_of_the_results():

@@ -12,6 +12,7 @@ import pytest
 import reference
 import torch
 import transformers as hf
+from fresh import in_fresh_process
 from models import (
     FAMILIES,
     IMAGE_TOKEN,
@@ -508,3 +509,40 @@ def test_the_ranks_are_reloaded(tmp_path) -> None:
     model.save_pretrained(tmp_path)
     reloaded = hf.CLIPModel.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(tensors(model), tensors(reloaded), strict=True))
+
+
+VISION_LANGUAGE = ("clip", "siglip", "llava", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "blip", "whisper")
+
+
+def test_every_family_is_reloaded_by_stock_classes_in_a_fresh_process(tmp_path) -> None:
+    """With one tolerance a tower, saved, and bit-equal there; nothing there imports this package."""
+    expected = {}
+    for name in VISION_LANGUAGE:
+        model, report = compressed(name)
+        towers = find_towers(FAMILIES[name].build())
+        assert len({(tower_of(towers, layer.name), layer.tolerance) for layer in report.layers}) == 2
+        model.save_pretrained(tmp_path / name)
+        batch = FAMILIES[name].batches(1, seed=1)[0]
+        torch.save((type(model).__name__, batch), tmp_path / f"{name}.in")
+        with torch.no_grad():
+            expected[name] = logits_of(model(**batch))
+    in_fresh_process(
+        """
+        import sys, torch, transformers
+        for place in sys.argv[1:]:
+            kind, batch = torch.load(place + ".in")
+            with torch.no_grad():
+                outputs = getattr(transformers, kind).from_pretrained(place).eval()(**batch)
+            torch.save({key: value for key, value in outputs.items() if "logits" in key}, place + ".out")
+        """,
+        *(tmp_path / name for name in VISION_LANGUAGE),
+        home=tmp_path,
+    )
+    for name, values in expected.items():
+        found = torch.load(tmp_path / f"{name}.out")
+        assert list(found) == list(values), name
+        assert all(torch.equal(found[key], values[key]) for key in values), name
+
+
+def logits_of(outputs: Any) -> Batch:
+    return {key: value for key, value in outputs.items() if "logits" in key}

@@ -50,6 +50,11 @@ class Clip:
     pairs: Any
 
 
+def given(options: Mapping[str, Any]) -> set[str]:
+    """What of a user's own it takes: pictures are those of models.yaml."""
+    return {"model"}
+
+
 def load(spec: Mapping[str, Any], options: Mapping[str, Any]) -> Clip:
     from transformers import AutoProcessor, CLIPModel
 

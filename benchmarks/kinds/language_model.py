@@ -61,12 +61,20 @@ def read_texts(where: Mapping[str, Any]) -> list[str]:
     return ["\n\n".join(rows["text"])]
 
 
+def given(options: Mapping[str, Any]) -> set[str]:
+    """What of a user's own it takes."""
+    parts = {"evaluation": "perplexity", "tasks": "accuracy"}
+    return {"model", "calibration"} | {field for field, measured in parts.items() if measured in measures(options)}
+
+
 def load(spec: Mapping[str, Any], options: Mapping[str, Any]) -> LanguageModel:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from optimum_pgsvd.calibration.data import pack
 
+    if "accuracy" in measures(options):
+        harness()  # where it is missing, that is told before hours of work
     path = source(spec["path"])
     calibration = read_texts(spec["calibration"])
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -94,11 +102,11 @@ def measures(options: Mapping[str, Any]) -> list[str]:
 
 def measure(case: LanguageModel, cell: Cell) -> dict[str, Any]:
     model, values = compressed(case.model, cell, case.data, case.tokenizer)
+    if "accuracy" in measures(cell.options):  # first: its questions may be out of reach
+        values["accuracy"] = accuracy(model, case.tokenizer, cell.options)
     if "perplexity" in measures(cell.options):
         values["perplexity"] = perplexity(model, case.windows.to(model.device), BATCH // case.windows.shape[1])
         values["evaluation_tokens"] = case.windows.numel()
-    if "accuracy" in measures(cell.options):
-        values["accuracy"] = accuracy(model, case.tokenizer, cell.options)
     return values
 
 
@@ -134,13 +142,19 @@ def read_tasks(data_files: Mapping[str, list[Path]], **metadata: Any) -> dict[st
     return found
 
 
-def accuracy(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of each task its accuracy, its standard error and its number of questions, by lm-evaluation-harness."""
+def harness() -> tuple[Any, Any]:
+    """What evaluates and what it takes a model in, of lm-evaluation-harness."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise Unavailable(f"accuracy needs lm_eval, as `pip install optimum-pgsvd[bench]` has it: {error}") from error
+    return simple_evaluate, HFLM
+
+
+def accuracy(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each task its accuracy, its standard error and its number of questions, by lm-evaluation-harness."""
+    simple_evaluate, HFLM = harness()
     evaluated = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16, max_length=options.get("max_length"))
     tasks = [task(name) for name in options["tasks"]]
     found = simple_evaluate(evaluated, tasks=tasks, limit=options.get("limit"), bootstrap_iters=0)

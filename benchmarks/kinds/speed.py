@@ -21,6 +21,11 @@ from kinds import language_model
 from kinds.compressing import compressed
 
 
+def given(options: Mapping[str, Any]) -> set[str]:
+    """What of a user's own it takes."""
+    return {"model", "calibration"}
+
+
 def load(spec: Mapping[str, Any], options: Mapping[str, Any]) -> language_model.LanguageModel:
     return language_model.load(spec, {**options, "measures": []})
 

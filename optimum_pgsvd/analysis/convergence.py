@@ -16,10 +16,8 @@ from ..factoring import calibration_of, found_targets, keep_moments, plan_at, re
 from ..linalg import alternating_least_squares, output_projection, relative_activation_error
 from ..planning import dense_weight
 from .results import origin, warn_of
+from .theorem import NOISE
 
-
-# Relative error of the outputs below which the optimum is rounding noise, and nothing can be relative to it.
-NOISE = 1e-6
 
 # Excess of the objective over its optimum at which sweeps are counted.
 EXCESSES = (0.1, 0.01, 0.001)

@@ -10,6 +10,10 @@ import numpy as np
 import torch
 
 
+# Relative error of a layer's outputs below which it is rounding noise, and nothing can be relative to it.
+NOISE = 1e-6
+
+
 @dataclass(frozen=True)
 class LayerBound:
     """One layer at one rank, the others dense.
@@ -83,9 +87,7 @@ class Bound:
             "bound": self.bound,
             "bound_over_change": ratio(self.bound, self.change),
             "first_order_over_change": ratio(self.first_order, self.change, signed=True),
-            "layers_where_the_bound_is_below_the_change": sum(
-                layer.change is not None and layer.bound < abs(layer.change) for layer in self.layers
-            ),
+            "layers_where_the_bound_is_below_the_change": self.layers_below(),
         }
         return {
             "parameter_reduction": self.parameter_reduction,
@@ -93,6 +95,16 @@ class Bound:
             "rank_correlation_with_change": self.rank_correlations(),
             "layers": layers,
         }
+
+    def layers_below(self) -> int | None:
+        """How many layers change the loss by more than their bound; `None` where the changes were not measured.
+
+        Where a rank leaves nothing of a layer's outputs but rounding, so are the bound and the change.
+        """
+        if any(layer.change is None for layer in self.layers):
+            return None
+        seen = [layer for layer in self.layers if layer.relative_output_change > NOISE]
+        return sum(layer.bound < abs(layer.change or 0.0) for layer in seen)
 
     def rank_correlations(self) -> dict[str, float | None]:
         """Spearman's correlation over the layers of the size of each one's change alone with what might predict it.
