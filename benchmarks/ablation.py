@@ -36,12 +36,13 @@ REFERENCE = ROOT / "benchmarks" / "reference"
 REDUCTIONS = (0.2, 0.4, 0.6)
 SEEDS = (0, 1, 2)
 BASELINE = "SVD-LLM (uniform ranks, exact)"
+PAPER = "PGSVD (the paper's settings)"
 TOGETHER: dict[str, Any] = {
     "allocation": "loss", "objective": "loss", "storage": "pivoted", "calibration": "anchored"
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     BASELINE: {"allocation": "uniform"},
-    "PGSVD (the paper's settings)": {},
+    PAPER: {},
     "PGSVD, pivoted storage": {"storage": "pivoted"},
     "PGSVD, factors by the loss": {"objective": "loss"},
     "PGSVD, ranks by the loss": {"allocation": "loss"},
@@ -55,6 +56,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "all, parallel calibration": {**TOGETHER, "calibration": "parallel"},
     "all, biases corrected": {**TOGETHER, "correct_bias": True},
     "all and refinement: PGSVDConfig.best": {**TOGETHER, "refine_steps": 100},
+}
+
+
+# What the README, where no other rows are, calls some of them.
+IN_THE_README = {
+    PAPER: "PGSVDConfig(…)",
+    "all of these": "PGSVDConfig.best(…, refine_steps=0)",
+    "all and refinement: PGSVDConfig.best": "PGSVDConfig.best(…)",
 }
 
 
@@ -267,18 +276,49 @@ def loss_table(cells: list[dict[str, Any]], model: str) -> str:
     return "\n".join(lines)
 
 
-def closure_table(cells: list[dict[str, Any]], methods: Iterable[str]) -> str:
-    """Gap closure of some methods, mean over the language models that have all its reductions."""
-    models = sorted({cell["model"] for cell in cells if cell["measure"] == "perplexity"})
-    lines = ["| mean gap closure | models | " + " | ".join(f"{r:.0%}" for r in REDUCTIONS) + " |"]
-    lines.append("|---|---:|" + "---:|" * len(REDUCTIONS))
+def closures(cells: list[dict[str, Any]], models: Iterable[str], method: str) -> list[float] | None:
+    """Gap closure at each of `REDUCTIONS`, mean over some models, of which every one must have it."""
+    found = [[closure(cells, model, method, reduction) for reduction in REDUCTIONS] for model in models]
+    if not found or any(None in row for row in found):
+        return None
+    return [statistics.mean(column) for column in zip(*found, strict=True)]  # type: ignore[type-var]
+
+
+def language_models(cells: list[dict[str, Any]]) -> list[str]:
+    """The models that are measured by perplexity."""
+    return list(dict.fromkeys(cell["model"] for cell in cells if cell["measure"] == "perplexity"))
+
+
+def closure_table(cells: list[dict[str, Any]], groups: Mapping[str, list[str]], methods: Iterable[str]) -> str:
+    """Gap closure of some methods, mean over each of some groups of models."""
+    lines = ["| mean gap closure | over | " + " | ".join(f"{r:.0%}" for r in REDUCTIONS) + " |"]
+    lines.append("|---|---|" + "---:|" * len(REDUCTIONS))
     for method in methods:
-        found = [[closure(cells, model, method, reduction) for reduction in REDUCTIONS] for model in models]
-        whole = [row for row in found if None not in row]
-        if whole and method != BASELINE:
-            means = (statistics.mean(column) for column in zip(*whole, strict=True))  # type: ignore[type-var]
-            lines.append(f"| {method} | {len(whole)} | " + " | ".join(f"{mean:.0%}" for mean in means) + " |")
+        for label, models in groups.items():
+            if means := closures(cells, models, method):
+                lines.append(f"| {method} | {label} | " + " | ".join(f"{mean:.0%}" for mean in means) + " |")
     return "\n".join(lines)
+
+
+def growing_groups(cells: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The language models; then those that are measured otherwise too, one after the other."""
+    models = language_models(cells)
+    groups = {f"{len(models)} language models": models}
+    for model, measure in {c["model"]: c["measure"] for c in cells if c["measure"] != "perplexity"}.items():
+        models = [*models, model]
+        groups[f"and {model}, by {measure}"] = models
+    return groups
+
+
+def parts_table(cells: list[dict[str, Any]]) -> str:
+    """Gap closure of every method that one set of models has: those language models that have most methods."""
+    having = {
+        model: {method for method in METHODS if method != BASELINE and closures(cells, [model], method)}
+        for model in language_models(cells)
+    }
+    most = max(map(len, having.values()))
+    models = [model for model, methods in having.items() if len(methods) == most]
+    return closure_table(cells, {", ".join(models): models}, [method for method in METHODS if method != BASELINE])
 
 
 ALLOCATED = {"all of these": "by the loss", "all, ranks by the paper": "one ε", "all, uniform ranks": "uniform"}
@@ -308,15 +348,14 @@ def allocation_table(cells: list[dict[str, Any]]) -> str:
 
 def time_table(cells: list[dict[str, Any]]) -> str:
     """Time of every method over that of PGSVD on the same model, reduction and seed: the median."""
-    paper = "PGSVD (the paper's settings)"
     seconds = {(c["model"], c["method"], c["reduction"], c["seed"]): c["seconds"] for c in cells if "seconds" in c}
     lines = ["| time, of PGSVD's | |", "|---|---:|"]
     for method in METHODS:
         ratios = [
-            seconds[key] / seconds[model, paper, reduction, seed]
+            seconds[key] / seconds[model, PAPER, reduction, seed]
             for key in seconds
             for model, name, reduction, seed in [key]
-            if name == method and (model, paper, reduction, seed) in seconds
+            if name == method and (model, PAPER, reduction, seed) in seconds
         ]
         if ratios:
             lines.append(f"| {method} | {statistics.median(ratios):.1f} × |")
@@ -327,9 +366,12 @@ def write_tables() -> None:
     """Fill the marked places of README.md and docs/results.md."""
     cells = read_cells(RESULT)
     models = list(dict.fromkeys(cell["model"] for cell in cells))
-    tables = [closure_table(cells, METHODS), time_table(cells), *(loss_table(cells, model) for model in models)]
-    short = closure_table(cells, ["PGSVD (the paper's settings)", "all of these", list(METHODS)[-1]])
-    fill("ablation", "\n\n".join(tables))
+    groups, few = growing_groups(cells), [PAPER, "all of these", list(METHODS)[-1]]
+    means = [closure_table(cells, groups, few), parts_table(cells), time_table(cells)]
+    short = closure_table(cells, dict(list(groups.items())[:1]), few)
+    for method, config in IN_THE_README.items():
+        short = short.replace(f"| {method} |", f"| `{config}` |")
+    fill("ablation", "\n\n".join([*means, *(loss_table(cells, model) for model in models)]))
     fill("allocations", allocation_table(cells))
     fill("choose", short, ROOT / "README.md")
 
