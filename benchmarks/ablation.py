@@ -59,7 +59,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "all, parallel calibration": {**TOGETHER, "calibration": "parallel"},
     "all, biases corrected": {**TOGETHER, "correct_bias": True},
     "all and refinement, ranks by one error of outputs": {
-        **TOGETHER, "allocation": "pareto_outputs", "refine_steps": 100
+        **TOGETHER,
+        "allocation": "pareto_outputs",
+        "refine_steps": 100,
     },
     "all and refinement: PGSVDConfig.best": {**TOGETHER, "refine_steps": 100},
 }
