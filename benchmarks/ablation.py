@@ -36,12 +36,13 @@ REFERENCE = ROOT / "benchmarks" / "reference"
 REDUCTIONS = (0.2, 0.4, 0.6)
 SEEDS = (0, 1, 2)
 BASELINE = "SVD-LLM (uniform ranks, exact)"
+PAPER = "PGSVD (the paper's settings)"
 TOGETHER: dict[str, Any] = {
     "allocation": "loss", "objective": "loss", "storage": "pivoted", "calibration": "anchored"
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     BASELINE: {"allocation": "uniform"},
-    "PGSVD (the paper's settings)": {},
+    PAPER: {},
     "PGSVD, pivoted storage": {"storage": "pivoted"},
     "PGSVD, factors by the loss": {"objective": "loss"},
     "PGSVD, ranks by the loss": {"allocation": "loss"},
@@ -50,11 +51,27 @@ METHODS: dict[str, dict[str, Any]] = {
     "all of these": TOGETHER,
     "all, plain storage": {**TOGETHER, "storage": "factors"},
     "all, ranks by the paper": {**TOGETHER, "allocation": "pareto"},
+    "all, ranks by one error of outputs": {**TOGETHER, "allocation": "pareto_outputs"},
     "all, uniform ranks": {**TOGETHER, "allocation": "uniform"},
+    "all, SVD-LLM V2's ranks": {**TOGETHER, "allocation": "svd_llm_v2"},
+    "all, ASVD's ranks": {**TOGETHER, "allocation": "asvd"},
     "all, factors by output error": {**TOGETHER, "objective": "outputs"},
     "all, parallel calibration": {**TOGETHER, "calibration": "parallel"},
     "all, biases corrected": {**TOGETHER, "correct_bias": True},
+    "all and refinement, ranks by one error of outputs": {
+        **TOGETHER,
+        "allocation": "pareto_outputs",
+        "refine_steps": 100,
+    },
     "all and refinement: PGSVDConfig.best": {**TOGETHER, "refine_steps": 100},
+}
+
+
+# What the README, where no other rows are, calls some of them.
+IN_THE_README = {
+    PAPER: "PGSVDConfig(…)",
+    "all of these": "PGSVDConfig.best(…, refine_steps=0)",
+    "all and refinement: PGSVDConfig.best": "PGSVDConfig.best(…)",
 }
 
 
@@ -267,25 +284,62 @@ def loss_table(cells: list[dict[str, Any]], model: str) -> str:
     return "\n".join(lines)
 
 
-def closure_table(cells: list[dict[str, Any]], methods: Iterable[str]) -> str:
-    """Gap closure of some methods, mean over the language models that have all its reductions."""
-    models = sorted({cell["model"] for cell in cells if cell["measure"] == "perplexity"})
-    lines = ["| mean gap closure | models | " + " | ".join(f"{r:.0%}" for r in REDUCTIONS) + " |"]
-    lines.append("|---|---:|" + "---:|" * len(REDUCTIONS))
+def closures(cells: list[dict[str, Any]], models: Iterable[str], method: str) -> list[float] | None:
+    """Gap closure at each of `REDUCTIONS`, mean over some models, of which every one must have it."""
+    found = [[closure(cells, model, method, reduction) for reduction in REDUCTIONS] for model in models]
+    if not found or any(None in row for row in found):
+        return None
+    return [statistics.mean(column) for column in zip(*found, strict=True)]  # type: ignore[type-var]
+
+
+def language_models(cells: list[dict[str, Any]]) -> list[str]:
+    """The models that are measured by perplexity."""
+    return list(dict.fromkeys(cell["model"] for cell in cells if cell["measure"] == "perplexity"))
+
+
+def closure_table(cells: list[dict[str, Any]], groups: Mapping[str, list[str]], methods: Iterable[str]) -> str:
+    """Gap closure of some methods, mean over each of some groups of models."""
+    lines = ["| mean gap closure | over | " + " | ".join(f"{r:.0%}" for r in REDUCTIONS) + " |"]
+    lines.append("|---|---|" + "---:|" * len(REDUCTIONS))
     for method in methods:
-        found = [[closure(cells, model, method, reduction) for reduction in REDUCTIONS] for model in models]
-        whole = [row for row in found if None not in row]
-        if whole and method != BASELINE:
-            means = (statistics.mean(column) for column in zip(*whole, strict=True))  # type: ignore[type-var]
-            lines.append(f"| {method} | {len(whole)} | " + " | ".join(f"{mean:.0%}" for mean in means) + " |")
+        for label, models in groups.items():
+            if means := closures(cells, models, method):
+                lines.append(f"| {method} | {label} | " + " | ".join(f"{mean:.0%}" for mean in means) + " |")
     return "\n".join(lines)
 
 
-ALLOCATED = {"all of these": "by the loss", "all, ranks by the paper": "one ε", "all, uniform ranks": "uniform"}
+def growing_groups(cells: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The language models; then those that are measured otherwise too, one after the other."""
+    models = language_models(cells)
+    groups = {f"{len(models)} language models": models}
+    for model, measure in {c["model"]: c["measure"] for c in cells if c["measure"] != "perplexity"}.items():
+        models = [*models, model]
+        groups[f"and {model}, by {measure}"] = models
+    return groups
+
+
+def parts_table(cells: list[dict[str, Any]]) -> str:
+    """Gap closure of the methods that one set of models has: the language models that have more than half of them."""
+    having = {
+        model: {method for method in METHODS if method != BASELINE and closures(cells, [model], method)}
+        for model in language_models(cells)
+    }
+    models = [model for model, methods in having.items() if len(methods) > len(METHODS) / 2]
+    return closure_table(cells, {", ".join(models): models}, [method for method in METHODS if method != BASELINE])
+
+
+ALLOCATED = {
+    "all of these": "by the loss",
+    "all, ranks by the paper": "one ε",
+    "all, ranks by one error of outputs": "one ε, of outputs",
+    "all, uniform ranks": "uniform",
+    "all, SVD-LLM V2's ranks": "SVD-LLM V2's",
+    "all, ASVD's ranks": "ASVD's",
+}
 
 
 def allocation_table(cells: list[dict[str, Any]]) -> str:
-    """Loss of seed 0 by allocation, all else being equal, at every reduction measured, over the best of the three."""
+    """Loss of seed 0 by allocation, all else being equal, at every reduction, over the best measured there."""
     reductions = sorted({cell["reduction"] for cell in cells if cell["reduction"]})
     lines = [
         "| | ranks | " + " | ".join(f"{r:.0%}" for r in reductions) + " |",
@@ -298,25 +352,25 @@ def allocation_table(cells: list[dict[str, Any]]) -> str:
             for r in reductions
             if 0 in losses(cells, model, method, r)
         }
-        whole = [r for r in reductions if all((method, r) in found for method in ALLOCATED)]
-        for method, name in ALLOCATED.items() if whole else ():
-            over = {r: found[method, r] / min(found[each, r] for each in ALLOCATED) for r in whole}
-            row = (f"{found[method, r]:.4g} ({over[r]:.3f})" if r in over else "" for r in reductions)
-            lines.append(f"| {model} | {name} | " + " | ".join(row) + " |")
+        least = {r: min(loss for (_, at), loss in found.items() if at == r) for _, r in found}
+        for method, name in ALLOCATED.items() if len({method for method, _ in found}) > 1 else ():
+            texts = [f"{found[method, r]:.4g} ({found[method, r] / least[r]:.3f})" if (method, r) in found else ""
+                     for r in reductions]  # fmt: skip
+            if any(texts):
+                lines.append(f"| {model} | {name} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
 def time_table(cells: list[dict[str, Any]]) -> str:
     """Time of every method over that of PGSVD on the same model, reduction and seed: the median."""
-    paper = "PGSVD (the paper's settings)"
     seconds = {(c["model"], c["method"], c["reduction"], c["seed"]): c["seconds"] for c in cells if "seconds" in c}
     lines = ["| time, of PGSVD's | |", "|---|---:|"]
     for method in METHODS:
         ratios = [
-            seconds[key] / seconds[model, paper, reduction, seed]
+            seconds[key] / seconds[model, PAPER, reduction, seed]
             for key in seconds
             for model, name, reduction, seed in [key]
-            if name == method and (model, paper, reduction, seed) in seconds
+            if name == method and (model, PAPER, reduction, seed) in seconds
         ]
         if ratios:
             lines.append(f"| {method} | {statistics.median(ratios):.1f} × |")
@@ -327,9 +381,12 @@ def write_tables() -> None:
     """Fill the marked places of README.md and docs/results.md."""
     cells = read_cells(RESULT)
     models = list(dict.fromkeys(cell["model"] for cell in cells))
-    tables = [closure_table(cells, METHODS), time_table(cells), *(loss_table(cells, model) for model in models)]
-    short = closure_table(cells, ["PGSVD (the paper's settings)", "all of these", list(METHODS)[-1]])
-    fill("ablation", "\n\n".join(tables))
+    groups, few = growing_groups(cells), [PAPER, "all of these", list(METHODS)[-1]]
+    means = [closure_table(cells, groups, few), parts_table(cells), time_table(cells)]
+    short = closure_table(cells, dict(list(groups.items())[:1]), few)
+    for method, config in IN_THE_README.items():
+        short = short.replace(f"| {method} |", f"| `{config}` |")
+    fill("ablation", "\n\n".join([*means, *(loss_table(cells, model) for model in models)]))
     fill("allocations", allocation_table(cells))
     fill("choose", short, ROOT / "README.md")
 

@@ -76,6 +76,8 @@ def body(model: Any, report: CompressionReport, name: str, base: str | None) -> 
     factored = sum(layer.rank is not None for layer in report.layers)
     errors = [layer.activation_error for layer in report.layers if layer.activation_error]
     fitted = "outputs" if config.get("calibration") != "anchored" else "fit to their anchored outputs"
+    if any(layer.refined is not None for layer in report.layers):
+        fitted += ", before refinement"
     measured = (
         f"| mean relative error of the factored layers' {fitted} | | {sum(errors) / len(errors):.4f} |\n"
         if errors

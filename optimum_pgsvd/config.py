@@ -155,7 +155,7 @@ class PGSVDConfig(LowRankConfig):
         """The settings with the least loss that we know of, the same for every model.
 
         Ranks and factors by gradients, pivoted storage, anchored calibration and refinement. Gradients and refinement
-        need the whole model in memory, and several times the time of the paper's settings, which are the defaults.
+        need the whole model in memory, and twenty or thirty times the time of the paper's settings, the defaults.
 
         Args:
             parameter_reduction: as in the class.

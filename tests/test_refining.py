@@ -219,6 +219,18 @@ def test_save_and_load(refined, tmp_path):
     assert [layer.refined for layer in CompressionReport.load(tmp_path).layers] == gains
 
 
+def test_the_gains_are_printed(plain, refined, tmp_path):
+    """And that the errors of layers, in the report and on the model card, are those before."""
+    gains = [layer.refined for layer in refined[1].layers]
+    said = f"refined: the blocks' outputs have {min(gains):.4f} to {max(gains):.4f} of their error before, on held"
+    assert said in str(refined[1])
+    assert "refined" not in str(plain[1])
+    for name, (model, _) in {"plain": plain, "refined": refined}.items():
+        model.save_pretrained(tmp_path / name)
+        card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        assert ("anchored outputs, before refinement |" in card) == (name == "refined")
+
+
 # What it aims at
 
 
