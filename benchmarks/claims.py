@@ -335,7 +335,7 @@ CLAIMS = [
         "PGSVD with one ε a tower is more accurate than SVD-ALS with uniform ranks (62.60 for 45.53 at 20 %, 50.89 "
         "for 37.08 at 40 %)",
         "run.py clip",
-        lambda: higher_accuracy("pgsvd_towers", "als"),
+        lambda: higher_accuracy("pgsvd_als_towers", "als"),
     ),
     Claim(
         "Table 2",
@@ -347,11 +347,17 @@ CLAIMS = [
         "Left open",
         "(ε_v, ε_t) found by our search give the held-out contrastive loss of one ε for both, or less",
         "run.py clip",
-        lambda: lower_contrastive_loss("pgsvd_towers", "pgsvd_als"),
+        lambda: lower_contrastive_loss("pgsvd_towers", "pgsvd"),
     ),
     Claim(
         "Left open",
-        "The same against the best of a grid of nine pairs",
+        "The same with factors by ten sweeps of ALS, which the search, made with the exact optimum's, does not see",
+        "run.py clip",
+        lambda: lower_contrastive_loss("pgsvd_als_towers", "pgsvd_als"),
+    ),
+    Claim(
+        "Left open",
+        "The search against the best of a grid of nine pairs",
         "run.py clip",
         search_beats_grid,
     ),

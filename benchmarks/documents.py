@@ -147,7 +147,7 @@ def clip_grid(results: Sequence[Result]) -> str:
         f"{share:g}": [result for result in grid if result["settings"]["vision"] == share]
         for share in sorted({result["settings"]["vision"] for result in grid})
     }
-    for method in ("pgsvd_als", "pgsvd_towers"):
+    for method in ("pgsvd", "pgsvd_towers"):
         if found := of(results, method=method, seed=grid[0]["seed"]):
             named[f"{label(method)}: {' and '.join(vision_shares(found))}"] = found
     rows = []

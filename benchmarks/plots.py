@@ -74,7 +74,7 @@ def towers(grid: Sequence[Result], results: Sequence[Result]) -> Any:
     ):
         own = [result for result in grid if result["reduction"] == reduction]
         plot.plot(*mean_by(own, lambda r: r["settings"]["vision"], measure), marker=".", label="PGSVD, two ε, by hand")
-        for method, style in (("als", ":"), ("pgsvd_als", "--"), ("pgsvd_towers", "-")):
+        for method, style in (("als", ":"), ("pgsvd", "--"), ("pgsvd_towers", "-")):
             found = [r for r in results if r["method"] == method and r["reduction"] == reduction]
             if beside := [measure(r) for r in found if r["seed"] == own[0]["seed"]]:
                 plot.axhline(statistics.mean(beside), color="gray", linestyle=style, label=methods()[method]["label"])
