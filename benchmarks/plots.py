@@ -65,7 +65,7 @@ def perplexity(results: Sequence[Result]) -> Any:
 
 
 def towers(grid: Sequence[Result], results: Sequence[Result]) -> Any:
-    """Accuracy and loss against the vision tower's part of the reduction, means over the seeds; other choices beside."""
+    """Accuracy and loss against the vision tower's part in the reduction, means over seeds; other choices beside."""
     reductions = sorted({result["reduction"] for result in grid})
     measures = {"mean accuracy, %": accuracy, "contrastive loss": lambda result: result["loss"]}
     figure, plots = axes(len(reductions), 3.0, rows=len(measures))
