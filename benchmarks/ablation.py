@@ -40,6 +40,7 @@ PAPER = "PGSVD (the paper's settings)"
 TOGETHER: dict[str, Any] = {
     "allocation": "loss", "objective": "loss", "storage": "pivoted", "calibration": "anchored"
 }  # fmt: skip
+REFINED = {**TOGETHER, "refine_steps": 100}
 METHODS: dict[str, dict[str, Any]] = {
     BASELINE: {"allocation": "uniform"},
     PAPER: {},
@@ -58,12 +59,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "all, factors by output error": {**TOGETHER, "objective": "outputs"},
     "all, parallel calibration": {**TOGETHER, "calibration": "parallel"},
     "all, biases corrected": {**TOGETHER, "correct_bias": True},
-    "all and refinement, ranks by one error of outputs": {
-        **TOGETHER,
-        "allocation": "pareto_outputs",
-        "refine_steps": 100,
-    },
-    "all and refinement: PGSVDConfig.best": {**TOGETHER, "refine_steps": 100},
+    "all and refinement, ranks by the paper": {**REFINED, "allocation": "pareto"},
+    "all and refinement, ranks by one error of outputs": {**REFINED, "allocation": "pareto_outputs"},
+    "all and refinement, ASVD's ranks": {**REFINED, "allocation": "asvd"},
+    "all and refinement: PGSVDConfig.best": REFINED,
 }
 
 
