@@ -61,6 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "all, biases corrected": {**TOGETHER, "correct_bias": True},
     "all and refinement, ranks by the paper": {**REFINED, "allocation": "pareto"},
     "all and refinement, ranks by one error of outputs": {**REFINED, "allocation": "pareto_outputs"},
+    "all and refinement, uniform ranks": {**REFINED, "allocation": "uniform"},
     "all and refinement, ASVD's ranks": {**REFINED, "allocation": "asvd"},
     "all and refinement: PGSVDConfig.best": REFINED,
 }
