@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Two workers on two cores; one thread each, or BLAS threads of both fight for the cores.
 PYTEST_WORKERS ?= 2
 
-.PHONY: env demo test lint types imports clean
+.PHONY: env demo test quantized lint types imports clean
 
 env: $(VENV)/.ready
 
@@ -19,6 +19,11 @@ demo: env
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+
+# torchao is no part of the environment: once it is there, transformers loads it with every model, and it complains.
+quantized: env
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[quantized]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_quantized.py tests/test_tradeoffs.py
 
 lint: env
 	$(BIN)/ruff check .
