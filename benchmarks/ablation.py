@@ -40,6 +40,7 @@ PAPER = "PGSVD (the paper's settings)"
 TOGETHER: dict[str, Any] = {
     "allocation": "loss", "objective": "loss", "storage": "pivoted", "calibration": "anchored"
 }  # fmt: skip
+REFINED = {**TOGETHER, "refine_steps": 100}
 METHODS: dict[str, dict[str, Any]] = {
     BASELINE: {"allocation": "uniform"},
     PAPER: {},
@@ -58,12 +59,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "all, factors by output error": {**TOGETHER, "objective": "outputs"},
     "all, parallel calibration": {**TOGETHER, "calibration": "parallel"},
     "all, biases corrected": {**TOGETHER, "correct_bias": True},
-    "all and refinement, ranks by one error of outputs": {
-        **TOGETHER,
-        "allocation": "pareto_outputs",
-        "refine_steps": 100,
-    },
-    "all and refinement: PGSVDConfig.best": {**TOGETHER, "refine_steps": 100},
+    "all and refinement, ranks by the paper": {**REFINED, "allocation": "pareto"},
+    "all and refinement, ranks by one error of outputs": {**REFINED, "allocation": "pareto_outputs"},
+    "all and refinement, uniform ranks": {**REFINED, "allocation": "uniform"},
+    "all and refinement, ASVD's ranks": {**REFINED, "allocation": "asvd"},
+    "all and refinement: PGSVDConfig.best": REFINED,
 }
 
 
@@ -328,6 +328,7 @@ def parts_table(cells: list[dict[str, Any]]) -> str:
     return closure_table(cells, {", ".join(models): models}, [method for method in METHODS if method != BASELINE])
 
 
+# What chooses ranks, by method: without gradient steps on the factors, and with them.
 ALLOCATED = {
     "all of these": "by the loss",
     "all, ranks by the paper": "one ε",
@@ -336,9 +337,16 @@ ALLOCATED = {
     "all, SVD-LLM V2's ranks": "SVD-LLM V2's",
     "all, ASVD's ranks": "ASVD's",
 }
+ALLOCATED_AND_REFINED = {
+    "all and refinement: PGSVDConfig.best": "by the loss",
+    "all and refinement, ranks by the paper": "one ε",
+    "all and refinement, ranks by one error of outputs": "one ε, of outputs",
+    "all and refinement, uniform ranks": "uniform",
+    "all and refinement, ASVD's ranks": "ASVD's",
+}
 
 
-def allocation_table(cells: list[dict[str, Any]]) -> str:
+def allocation_table(cells: list[dict[str, Any]], allocated: Mapping[str, str]) -> str:
     """Loss of seed 0 by allocation, all else being equal, at every reduction, over the best measured there."""
     reductions = sorted({cell["reduction"] for cell in cells if cell["reduction"]})
     lines = [
@@ -348,12 +356,12 @@ def allocation_table(cells: list[dict[str, Any]]) -> str:
     for model in dict.fromkeys(cell["model"] for cell in cells):
         found = {
             (method, r): losses(cells, model, method, r)[0]
-            for method in ALLOCATED
+            for method in allocated
             for r in reductions
             if 0 in losses(cells, model, method, r)
         }
         least = {r: min(loss for (_, at), loss in found.items() if at == r) for _, r in found}
-        for method, name in ALLOCATED.items() if len({method for method, _ in found}) > 1 else ():
+        for method, name in allocated.items() if len({method for method, _ in found}) > 1 else ():
             texts = [f"{found[method, r]:.4g} ({found[method, r] / least[r]:.3f})" if (method, r) in found else ""
                      for r in reductions]  # fmt: skip
             if any(texts):
@@ -387,7 +395,8 @@ def write_tables() -> None:
     for method, config in IN_THE_README.items():
         short = short.replace(f"| {method} |", f"| `{config}` |")
     fill("ablation", "\n\n".join([*means, *(loss_table(cells, model) for model in models)]))
-    fill("allocations", allocation_table(cells))
+    fill("allocations", allocation_table(cells, ALLOCATED))
+    fill("allocations-refined", allocation_table(cells, ALLOCATED_AND_REFINED))
     fill("choose", short, ROOT / "README.md")
 
 

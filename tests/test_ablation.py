@@ -68,11 +68,11 @@ def test_means_are_over_one_set_of_models():
 
 
 def test_allocations_are_compared_with_the_best_that_was_measured():
-    from ablation import allocation_table
+    from ablation import ALLOCATED, allocation_table
 
     given = {"all of these": {0.2: 3.0, 0.4: 3.3}, "all, ranks by the paper": {0.2: 3.3, 0.4: 3.0},
              "all, uniform ranks": {0.4: 6.0}}  # fmt: skip
-    table = allocation_table(cells("a", "perplexity", given)).splitlines()
+    table = allocation_table(cells("a", "perplexity", given), ALLOCATED).splitlines()
     assert "| a | by the loss | 3 (1.000) | 3.3 (1.100) |  |" in table
     assert "| a | one ε | 3.3 (1.100) | 3 (1.000) |  |" in table
     assert "| a | uniform |  | 6 (2.000) |  |" in table
