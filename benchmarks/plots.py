@@ -65,7 +65,7 @@ def perplexity(results: Sequence[Result]) -> Any:
 
 
 def towers(grid: Sequence[Result], results: Sequence[Result]) -> Any:
-    """Accuracy and loss against the part of the vision tower in the reduction, on one seed; other choices beside."""
+    """Accuracy and loss against the vision tower's part in the reduction, means over seeds; other choices beside."""
     reductions = sorted({result["reduction"] for result in grid})
     measures = {"mean accuracy, %": accuracy, "contrastive loss": lambda result: result["loss"]}
     figure, plots = axes(len(reductions), 3.0, rows=len(measures))
@@ -74,9 +74,9 @@ def towers(grid: Sequence[Result], results: Sequence[Result]) -> Any:
     ):
         own = [result for result in grid if result["reduction"] == reduction]
         plot.plot(*mean_by(own, lambda r: r["settings"]["vision"], measure), marker=".", label="PGSVD, two ε, by hand")
-        for method, style in (("als", ":"), ("pgsvd_als", "--"), ("pgsvd_towers", "-")):
+        for method, style in (("als", ":"), ("pgsvd", "--"), ("pgsvd_towers", "-")):
             found = [r for r in results if r["method"] == method and r["reduction"] == reduction]
-            if beside := [measure(r) for r in found if r["seed"] == own[0]["seed"]]:
+            if beside := [measure(r) for r in found if r["seed"] in {each["seed"] for each in own}]:
                 plot.axhline(statistics.mean(beside), color="gray", linestyle=style, label=methods()[method]["label"])
         plot.set(title=f"{reduction:.0%} removed", xlabel="vision tower's reduction / the whole's", ylabel=name)
     return with_legend(figure, plots[0])

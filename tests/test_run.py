@@ -443,14 +443,14 @@ def test_the_most_accurate_is_more_accurate_than_the_best_of_the_others(monkeypa
     assert claims.highest_scores("accuracy", "pgsvd", ("absent",)) is None
 
 
-def test_a_search_is_compared_with_the_best_of_the_grid_on_the_grids_seed(monkeypatch):
+def test_a_search_is_compared_with_the_best_of_the_grid_on_the_grids_seeds(monkeypatch):
     import claims
 
     rows = [("a", 0.2, 0, 2.0), ("b", 0.2, 0, 1.0), ("a", 0.4, 0, 4.0), ("b", 0.4, 0, 3.0),
             ("pgsvd_towers", 0.2, 0, 1.5), ("pgsvd_towers", 0.4, 0, 3.0),
             ("pgsvd_towers", 0.2, 1, 0.1), ("pgsvd_towers", 0.4, 1, 9.0)]  # fmt: skip
     results = [
-        {"method": method, "reduction": reduction, "seed": seed, "loss": loss,
+        {"model": "m", "method": method, "reduction": reduction, "seed": seed, "loss": loss,
          "settings": {} if method == "pgsvd_towers" else {"vision": 1.0}}
         for method, reduction, seed, loss in rows
     ]  # fmt: skip
