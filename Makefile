@@ -20,10 +20,11 @@ demo: env
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
-# torchao is no part of the environment: once it is there, transformers loads it with every model, and it complains.
+# Beside the environment, not in it: where torchao is, transformers loads it with every model, and it complains.
 quantized: env
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[quantized]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_quantized.py tests/test_tradeoffs.py
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--upgrade --no-deps --target $(VENV)/quantized torchao bitsandbytes
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest tests/test_quantized.py tests/test_tradeoffs.py
 
 lint: env
 	$(BIN)/ruff check .

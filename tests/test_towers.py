@@ -497,8 +497,7 @@ def test_the_command_line(tmp_path) -> None:
     failed = run(
         "plan", "--model", tmp_path / "dense", "--parameter-reduction", 0.3, "--allocation", "towers", expect=2
     )
-    assert "error: allocation='towers' finds a tolerance for each tower by running the model" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    assert failed.stderr.startswith("error: allocation='towers' finds a tolerance for each tower by running the model")
 
 
 def tensors(model: nn.Module) -> list[Tensor]:
